@@ -1,0 +1,485 @@
+"""The same LoRA run here and in TRL's SFTTrainer with PEFT, each in a process of its own, one after the other in turn.
+
+Same weights, same starting adapter, same rows in the same order, same rows per optimiser step, AdamW, learning rate and
+precision. Measured: the rows' own tokens per second of training (the first step is left out on both sides; loading and
+tokenising are not counted), the peak resident memory of the whole process, and the losses, which must agree.
+
+    python benchmarks/against_trl.py --model smollm2-135m --scenario varied --threads 2 --repeats 3
+
+TRL is run in several variants (see VARIANTS): `padded` is what SFTTrainer does unless told otherwise; the others are
+what an expert could set. The ratios against each are reported, and which of them was TRL's fastest.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from _machine import code, command, machine
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENIZER = ROOT / "recipes" / "starter" / "tokenizer"
+SEED, RANK, LEARNING_RATE, WEIGHT_DECAY, CLIP, BETAS = 0, 16, 2e-4, 0.01, 1.0, (0.9, 0.99)
+MAX_TOKENS = 1024
+LOSS_TOLERANCE = 1e-3  # relative, at the first step
+LLAMA = {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": True}
+MODELS: dict[str, dict[str, Any]] = {
+    "starter": json.loads((ROOT / "recipes" / "starter" / "config.json").read_text("utf-8")),
+    "smollm2-135m": LLAMA
+    | {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rope_theta": 100000.0,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What the rows look like: lengths in tokens, and how many rows make an optimiser step."""
+
+    describe: str
+    batch_rows: int
+    bars: dict[str, float]  # what a run must reach: tokens_per_second at least, peak_memory at most (ours / TRL's)
+
+
+SCENARIOS = {
+    "varied": Scenario(
+        "chat rows of log-normal length (median 150, sigma 0.8, from 20 to 1000 tokens); the answer is a fifth to four "
+        "fifths of the row; only the answer is trained",
+        batch_rows=16,
+        bars={"tokens_per_second": 4.0, "peak_memory": 0.5},
+    ),
+    "shared": Scenario(
+        "chat rows of 30 to 60 tokens under one system prompt of 700 tokens; only the answer is trained",
+        batch_rows=32,
+        bars={"tokens_per_second": 15.0},
+    ),
+}
+
+# `micro_rows` rows go through the model at a time; gradients are added up to `batch_rows`. None: one per 1024 tokens.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "padded": {"micro_rows": 8},  # TRL's own default batch size and collator
+    "padded_checkpointed": {"micro_rows": 8, "gradient_checkpointing": True},  # TRL's default settings throughout
+    "grouped": {"micro_rows": 8, "train_sampling_strategy": "group_by_length"},
+    "one_row": {"micro_rows": 1},
+    "padding_free": {"micro_rows": 8, "padding_free": True, "max_length": None},
+    "packed": {"micro_rows": None, "packing": True, "max_length": MAX_TOKENS},
+}
+SAME_ORDER = {"padded", "padded_checkpointed", "one_row", "padding_free"}  # so every step has our rows
+
+
+# --- what both sides are given -------------------------------------------------------------------------------------
+
+
+def make_rows(scenario: str, *, num_rows: int) -> list[dict[str, Any]]:
+    """Chat rows of random words with the scenario's lengths, the same for the same seed."""
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
+    pieces = (backend.decode([i]) for i in range(backend.get_vocab_size()))
+    words = [
+        p[1:] for p in pieces if p[:1] == " " and p[1:].isascii() and p[1:].isalpha()
+    ]  # a token each, after a space
+    random = np.random.default_rng(SEED)
+
+    def text(num_tokens: float) -> str:
+        return " ".join(random.choice(words, size=max(1, int(num_tokens))))
+
+    rows = []
+    instructions = text(700)
+    for _ in range(num_rows):
+        if scenario == "varied":
+            length = float(np.clip(random.lognormal(math.log(150), 0.8), 20, 1000)) - 7  # what the template adds
+            answer = random.uniform(0.2, 0.8) * length
+            messages = [("user", text(length - answer)), ("assistant", text(answer))]
+        else:
+            length = random.uniform(30, 60) - 6
+            answer = random.uniform(0.2, 0.8) * length
+            messages = [("system", instructions), ("user", text(length - answer)), ("assistant", text(answer))]
+        rows.append({"messages": [{"role": role, "content": content} for role, content in messages]})
+    return rows
+
+
+def prepare(folder: Path, *, model: str, scenario: str, batch_rows: int, steps: int) -> None:
+    """Write base model, starting adapter and rows; `in_order.jsonl` holds the rows as our loop will visit them."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tunesmith.methods.lora import Lora
+    from tunesmith.models.load import load_model
+    from tunesmith.train.loop import epoch_order
+
+    torch.manual_seed(SEED)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[model]), dtype=torch.float32)
+    base.save_pretrained(folder / "model")
+    for path in TOKENIZER.iterdir():
+        (folder / "model" / path.name).write_bytes(path.read_bytes())
+    loaded, method = load_model(str(folder / "model")), Lora(rank=RANK)
+    method.apply(loaded, seed=SEED)
+    (folder / "adapter").mkdir()
+    method.save(loaded, folder=folder / "adapter")
+    rows = make_rows(scenario, num_rows=batch_rows * steps)
+    order = epoch_order(len(rows), seed=SEED, epoch=0)
+    for name, ordered in (("rows", rows), ("in_order", [rows[i] for i in order])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ordered), "utf-8")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+class Clock:
+    """Wall and processor time, total tokens and loss at the end of every optimiser step."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.processor: list[float] = []
+        self.tokens: list[int] = []
+        self.losses: list[float] = []
+
+    def step_ended(self) -> None:
+        """Called at the end of an optimiser step."""
+        self.wall.append(time.perf_counter())
+        self.processor.append(time.process_time())
+
+    def told(self, *, tokens: int, loss: float) -> None:
+        """Tokens trained since the beginning, and the step's loss."""
+        self.tokens.append(int(tokens))
+        self.losses.append(float(loss))
+
+    def result(self, **more: Any) -> dict[str, Any]:
+        """The measurement, from the end of the first step to the end of the last."""
+        tokens, seconds = self.tokens[-1] - self.tokens[0], self.wall[-1] - self.wall[0]
+        processor_seconds = self.processor[-1] - self.processor[0]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {
+            "tokens": tokens,
+            "all_tokens": self.tokens[-1],
+            "seconds": seconds,
+            "processor_seconds": processor_seconds,
+            "tokens_per_second": tokens / seconds,
+            "tokens_per_processor_second": tokens / processor_seconds,
+            "peak_memory_bytes": peak,
+            "losses": self.losses,
+            **more,
+        }
+
+
+# --- the two sides -------------------------------------------------------------------------------------------------
+
+
+def run_ours(
+    folder: Path, *, precision: str, batch_rows: int, steps: int, micro_batch_tokens: int | None
+) -> dict[str, Any]:
+    """The run with tunesmith's own loop."""
+    import torch
+
+    from tunesmith.data.template import ChatTemplate
+    from tunesmith.data.tokens import TokenStore, TokenWriter
+    from tunesmith.data.types import Example, Message, Origin
+    from tunesmith.methods.base import set_trainable_dtype
+    from tunesmith.methods.lora import Lora
+    from tunesmith.models.load import load_model
+    from tunesmith.objectives.instruction import Instruction
+    from tunesmith.train.loop import Fit
+    from tunesmith.train.settings import TrainSettings
+
+    model, method, objective = load_model(str(folder / "model")), Lora(rank=RANK), Instruction()
+    method.apply(model, seed=SEED)
+    if precision == "bf16":
+        set_trainable_dtype(model, frozen=torch.bfloat16)
+    examples = [
+        Example(Origin("rows.jsonl", i), "chat", tuple(Message(m["role"], m["content"]) for m in row["messages"]))
+        for i, row in enumerate(read_rows(folder / "rows.jsonl"), start=1)
+    ]
+    writer = TokenWriter(folder / "tokens")
+    sequences = objective.sequences(examples, template=ChatTemplate(model.tokenizer), max_tokens=MAX_TOKENS)
+    for example, sequence in zip(examples, sequences, strict=True):
+        writer.add(sequence, origin=example.origin)
+    writer.close()
+    chosen = {} if micro_batch_tokens is None else {"micro_batch_tokens": micro_batch_tokens}
+    settings = TrainSettings(
+        epochs=1,
+        learning_rate=LEARNING_RATE,
+        schedule="constant",
+        warmup=0,
+        weight_decay=WEIGHT_DECAY,
+        clip=CLIP,
+        batch_rows=batch_rows,
+        precision=precision,
+        seed=SEED,
+        checkpoint_every=steps,
+        device="cpu",
+        **chosen,
+    )
+    clock = Clock()
+
+    class Watch:
+        def start(self, *, num_steps: int, step: int) -> None:
+            assert num_steps == steps
+
+        def step(self, record: dict[str, Any]) -> None:
+            clock.step_ended()
+            clock.told(tokens=record["tokens"], loss=record["loss"])
+
+        def validation(self, record: dict[str, Any]) -> None:
+            """There is none."""
+
+        def message(self, text: str) -> None:
+            print(text, file=sys.stderr)
+
+    fit = Fit(
+        model,
+        method=method,
+        objective=objective,
+        train=TokenStore(folder / "tokens"),
+        validation=None,
+        settings=settings,
+        folder=folder / "run",
+        observer=Watch(),
+    )
+    progress = fit.run().progress
+    return clock.result(
+        computed_tokens=progress.computed_tokens,
+        target_tokens=progress.target_tokens,
+        settings={"micro_batch_tokens": settings.micro_batch_tokens, "attention": "tunesmith"},
+    )
+
+
+def run_trl(folder: Path, *, precision: str, batch_rows: int, steps: int, variant: str) -> dict[str, Any]:
+    """The run with TRL's SFTTrainer around PEFT's model, in one of VARIANTS."""
+    import torch
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)  # SDPA attention
+    model = PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    conversations = [row["messages"] for row in read_rows(folder / "in_order.jsonl")]
+    dataset = Dataset.from_list([{"prompt": turns[:-1], "completion": turns[-1:]} for turns in conversations])
+    chosen = {"gradient_checkpointing": False, "train_sampling_strategy": "sequential", "max_length": MAX_TOKENS}
+    chosen |= VARIANTS[variant]
+    micro_rows = chosen.pop("micro_rows")
+    if micro_rows is None:  # packed rows of `max_length` tokens: as many a step as hold the same number of tokens
+        texts = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in conversations]
+        num_tokens = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
+        micro_rows, accumulate = 1, max(1, int(num_tokens / MAX_TOKENS / steps))
+    else:
+        micro_rows = min(micro_rows, batch_rows)
+        assert batch_rows % micro_rows == 0, "a step must be a whole number of micro-batches"
+        accumulate = batch_rows // micro_rows
+    chosen |= {"per_device_train_batch_size": micro_rows, "gradient_accumulation_steps": accumulate}
+    config = SFTConfig(
+        output_dir=str(folder / f"trl-{variant}"),
+        max_steps=steps,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=CLIP,
+        bf16=precision == "bf16",
+        completion_only_loss=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=SEED,
+        **chosen,
+    )
+    clock = Clock()
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
+            clock.step_ended()
+
+        def on_log(self, *arguments: Any, logs: dict[str, Any], **keywords: Any) -> None:
+            if "loss" in logs:
+                clock.told(tokens=logs["num_tokens"], loss=logs["loss"])
+
+    trainer = SFTTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer, callbacks=[Watch()])
+    trainer.train()
+    assert len(clock.tokens) == len(clock.wall) == steps
+    return clock.result(settings=chosen | {"attention": model.config._attn_implementation})
+
+
+# --- running them in turn, and the report --------------------------------------------------------------------------
+
+
+def child(arguments: argparse.Namespace, folder: Path, *, role: str) -> dict[str, Any]:
+    """Run one role in a process of its own, which holds nothing but what it needs, and read what it found."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(arguments.threads),
+        "MKL_NUM_THREADS": str(arguments.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "hub"),
+        "PYTHONPATH": str(ROOT),
+    }
+    result = folder / "result.json"
+    result.unlink(missing_ok=True)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in vars(arguments).items() if value is not None]
+    line = [sys.executable, str(Path(__file__).resolve()), *options, f"--role={role}", f"--folder={folder}"]
+    done = subprocess.run(line, env=environment, stdout=sys.stderr)
+    if done.returncode:
+        raise SystemExit(f"error: {role} ended with status {done.returncode}")
+    return json.loads(result.read_text("utf-8"))
+
+
+def run_role(arguments: argparse.Namespace) -> None:
+    """What a child does: its role, and its findings into result.json."""
+    sys.path.insert(0, str(ROOT))
+    folder = Path(arguments.folder)
+    sizes = {"batch_rows": arguments.batch_rows, "steps": arguments.steps}
+    found: dict[str, Any] = {}
+    if arguments.role == "prepare":
+        prepare(folder, model=arguments.model, scenario=arguments.scenario, **sizes)
+    elif arguments.role == "ours":
+        with tempfile.TemporaryDirectory(dir=folder) as inner:
+            for name in ("model", "rows.jsonl"):
+                (Path(inner) / name).symlink_to(folder / name)
+            tokens = arguments.micro_batch_tokens
+            found = run_ours(Path(inner), precision=arguments.precision, micro_batch_tokens=tokens, **sizes)
+    else:
+        found = run_trl(folder, precision=arguments.precision, variant=arguments.role, **sizes)
+    (folder / "result.json").write_text(json.dumps(found), "utf-8")
+
+
+def compare(runs: dict[str, list[dict[str, Any]]], *, bars: dict[str, float]) -> dict[str, Any]:
+    """Medians of each side, our ratios to every TRL variant, and whether the losses agree and the bars are reached."""
+
+    def median(name: str, key: str) -> float:
+        return statistics.median(run[key] for run in runs[name])
+
+    keys = ("tokens_per_second", "tokens_per_processor_second", "peak_memory_bytes")
+    medians = {name: {key: median(name, key) for key in keys} for name in runs}
+    ours, losses = medians["ours"], runs["ours"][0]["losses"]
+    against = {}
+    for name in runs.keys() - {"ours"}:
+        theirs, their_losses = medians[name], runs[name][0]["losses"]
+        against[name] = {
+            "tokens_per_second": round(ours["tokens_per_second"] / theirs["tokens_per_second"], 3),
+            "tokens_per_processor_second": round(
+                ours["tokens_per_processor_second"] / theirs["tokens_per_processor_second"], 3
+            ),
+            "peak_memory": round(ours["peak_memory_bytes"] / theirs["peak_memory_bytes"], 3),
+        }
+        if name in SAME_ORDER:
+            gaps = [abs(a - b) / abs(b) for a, b in zip(losses, their_losses, strict=True)]
+            against[name] |= {
+                "first_loss_gap": gaps[0],
+                "largest_loss_gap": max(gaps),
+                "losses_agree": gaps[0] <= LOSS_TOLERANCE,
+                "same_tokens": runs["ours"][0]["all_tokens"] == runs[name][0]["all_tokens"],
+            }
+    fastest = max(against, key=lambda name: medians[name]["tokens_per_second"])
+    result = {"medians": medians, "ours_to_trl": against, "fastest_trl": fastest}
+    if "padded" in against:
+        reached = {
+            key: against["padded"][key] >= bar if key == "tokens_per_second" else against["padded"][key] <= bar
+            for key, bar in bars.items()
+        }
+        result["bars"] = {key: {"bar": bar, "reached": reached[key]} for key, bar in bars.items()}
+    return result
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
+    parser.add_argument("--scenario", choices=SCENARIOS, default="varied")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="of TRL, separated by commas (default: all)")
+    parser.add_argument("--steps", type=int, default=6, help="optimiser steps; the first is not timed")
+    parser.add_argument("--batch-rows", type=int, help="rows an optimiser step (default: the scenario's)")
+    parser.add_argument("--micro-batch-tokens", type=int, help="of our side (default: the settings' own default)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--out", help="where to write the JSON (default: benchmarks/results/against_trl-MODEL-SCENARIO.json)"
+    )
+    parser.add_argument("--role", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.batch_rows = arguments.batch_rows or SCENARIOS[arguments.scenario].batch_rows
+    unknown = set(arguments.variants.split(",")) - set(VARIANTS)
+    if unknown:
+        parser.error(f"unknown variant {sorted(unknown)[0]!r}; there are {', '.join(VARIANTS)}")
+    if arguments.steps < 2:
+        parser.error("--steps must be at least 2: the first step is not timed")
+    return arguments
+
+
+def main() -> int:
+    """Prepare once, run the sides in turn, write and print the report. Exit code 3 when losses or tokens disagree."""
+    arguments = parse()
+    if arguments.role:
+        run_role(arguments)
+        return 0
+    sides = ["ours", *arguments.variants.split(",")]
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    scenario = SCENARIOS[arguments.scenario]
+    before = machine()
+    with tempfile.TemporaryDirectory(prefix="against-trl-") as name:
+        folder = Path(name)
+        child(arguments, folder, role="prepare")
+        for repeat in range(arguments.repeats):
+            for side in sides:
+                run = child(arguments, folder, role=side)
+                runs[side].append(run)
+                speed, peak = run["tokens_per_second"], run["peak_memory_bytes"] / 2**20
+                print(f"{repeat + 1}/{arguments.repeats} {side}: {speed:.0f} tokens/s, {peak:.0f} MiB", file=sys.stderr)
+    report = {
+        "command": command(),
+        "date": time.strftime("%Y-%m-%d"),
+        "code": code(),
+        "machine": before,
+        "model": {"name": arguments.model} | MODELS[arguments.model],
+        "scenario": {"name": arguments.scenario, "rows": scenario.describe},
+        "run": {
+            "batch_rows": arguments.batch_rows,
+            "steps": arguments.steps,
+            "repeats": arguments.repeats,
+            "threads": arguments.threads,
+            "precision": arguments.precision,
+            "lora": {"rank": RANK, "alpha": 2 * RANK, "targets": "all-linear"},
+            "adamw": {"learning_rate": LEARNING_RATE, "betas": BETAS, "weight_decay": WEIGHT_DECAY, "clip": CLIP},
+        },
+        **compare(runs, bars=scenario.bars),
+        "runs": runs,
+    }
+    out = Path(arguments.out or ROOT / f"benchmarks/results/against_trl-{arguments.model}-{arguments.scenario}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=1)
+    out.write_text(text + "\n", "utf-8")
+    print(text)
+    checks = [ratios for name, ratios in report["ours_to_trl"].items() if name in SAME_ORDER]
+    return 0 if all(ratios["losses_agree"] and ratios["same_tokens"] for ratios in checks) else 3
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

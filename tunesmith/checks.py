@@ -1,0 +1,41 @@
+"""`data check`: a file looked at with a base's tokenizer, template and context length."""
+
+from pathlib import Path
+
+from tunesmith.data.check import CheckReport, check_file
+from tunesmith.data.settings import DataSettings
+from tunesmith.data.template import ChatTemplate
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.types import Example
+from tunesmith.models.base import context_tokens, resolve_base
+
+
+def check_data(file: str, *, against: str | None = None, base: str = "starter", recipe: Path | None = None) -> CheckReport:
+    """What is in `file`, what is wrong with it, what would be trained. Torch is not needed."""
+    settings: DataSettings | None = None
+    if recipe is not None:
+        from tunesmith.recipe import load_recipe
+
+        loaded = load_recipe(recipe)
+        settings = loaded.data
+        base = loaded.base if isinstance(loaded.base, str) else base
+    folder = resolve_base(base)
+    template = ChatTemplate(Tokenizer.from_folder(folder))
+
+    limit = (settings.max_tokens if settings else None) or context_tokens(folder)
+
+    def count(examples: list[Example]) -> list[tuple[int, int]]:
+        """(tokens of the longest sequence, trained tokens) of each; long plain texts become windows."""
+        conversations = iter(template.sequences([e for e in examples if e.text is None]))
+        texts = iter(template.tokenizer.encode_text([e.text for e in examples if e.text is not None]))
+        counts = []
+        for example in examples:
+            if example.text is not None:
+                num_tokens = len(next(texts)) + len(template.tokenizer.begin_ids) + 1
+                counts.append((min(limit, num_tokens), num_tokens - 1))
+            else:
+                sequences = next(conversations)
+                counts.append((max(len(s.tokens_T) for s in sequences), sum(s.num_targets for s in sequences)))
+        return counts
+
+    return check_file(file, against=against, settings=settings, count_tokens=count, max_tokens=limit)

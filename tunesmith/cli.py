@@ -1,0 +1,292 @@
+"""The command line: one function a command, no logic of its own. What a command needs is imported inside it.
+
+Results go to standard output (with --json one JSON document and nothing else); progress and messages to standard error.
+Exit codes: 0 done; 2 the input is at fault; 3 a gate or check said no; 1 our fault; 130 or 143 stopped by a signal.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import click
+import typer
+
+from tunesmith.errors import Interrupted, TunesmithError
+
+app = typer.Typer(
+    name="tunesmith",
+    help="The fine-tuning service a team owns: choose a base, prepare the data, tune, prove it, ship.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Look at data and prepare it.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
+WorkspaceOption = Annotated[
+    Path | None, typer.Option("--workspace", help="the workspace folder; .tunesmith found upward by default")
+]
+RecipeArgument = Annotated[Path, typer.Argument(help="the recipe, a YAML file")]
+RunArgument = Annotated[str, typer.Argument(help="a run: its name, a unique beginning, its recipe's name, or latest")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="change a setting: a.b=value (may be repeated)")]
+
+
+def _workspace(path: Path | None) -> Any:
+    from tunesmith.registry.workspace import find_workspace
+
+    return find_workspace(path)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _show(result: Any, *, as_json: bool, text: Callable[[], str]) -> None:
+    print(json.dumps(result, ensure_ascii=False, indent=1) if as_json else text())
+
+
+@app.command()
+def quickstart(workspace: WorkspaceOption = None, as_json: Json = False) -> None:
+    """The whole path on the starter model and the sample data, in under three minutes."""
+    from tunesmith.quickstart import quickstart as run_quickstart
+    from tunesmith.texts import evaluation_text
+    from tunesmith.train.observers import terminal_progress
+
+    with terminal_progress() as progress:
+        document = run_quickstart(workspace=_workspace(workspace), observer=progress, say=_say)
+    _show(document, as_json=as_json, text=lambda: f"{evaluation_text(document)}\n\nreport: {document['report']}")
+
+
+@app.command()
+def init(
+    source: Annotated[Path | None, typer.Option("--from", help="rows that the recipe should fit")] = None,
+    out: Annotated[Path, typer.Option("--out", help="where to write the recipe")] = Path("recipe.yaml"),
+    base: Annotated[str, typer.Option("--base", help="starter, a folder, or a hub name")] = "starter",
+    as_json: Json = False,
+) -> None:
+    """Write a commented recipe that fits the data."""
+    from tunesmith.init import write_recipe
+
+    result = write_recipe(source, out=out, base=base)
+    _show(result, as_json=as_json, text=lambda: f"wrote {out}\n{result['why']}\nnext: tunesmith train {out}")
+
+
+@data_app.command("check")
+def data_check(
+    file: Annotated[str, typer.Argument(help="a file, a folder or a hub data set")],
+    against: Annotated[str | None, typer.Option("--against", help="a second file: which rows are in both?")] = None,
+    base: Annotated[str, typer.Option("--base", help="whose tokenizer and context length count")] = "starter",
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="read the rows as this recipe says")] = None,
+    as_json: Json = False,
+) -> None:
+    """What is in a file, what is wrong with it, and what would be trained."""
+    from tunesmith.checks import check_data
+
+    report = check_data(file, against=against, base=base, recipe=recipe)
+    _show(report.as_dict(), as_json=as_json, text=report.as_text)
+
+
+@data_app.command("prepare")
+def data_prepare(recipe: RecipeArgument, overrides: Set = None, workspace: WorkspaceOption = None, as_json: Json = False) -> None:
+    """Read, split, render and count the rows of a recipe; nothing is trained."""
+    from tunesmith.api import prepare_data
+    from tunesmith.models.load import load_model
+    from tunesmith.recipe import load_recipe
+    from tunesmith.texts import ledger_text
+
+    loaded = load_recipe(recipe, overrides=overrides)
+    prepared = prepare_data(loaded, model=load_model(loaded.base), workspace=_workspace(workspace))
+    validation = prepared.validation
+    document = {
+        "folder": str(prepared.folder),
+        "digest": prepared.digest,
+        "ledger": prepared.ledger,
+        "train": {"rows": len(prepared.train), "tokens": prepared.train.num_tokens, "targets": prepared.train.num_targets},
+        "validation": {"rows": len(validation) if validation else 0},
+    }
+    _show(document, as_json=as_json, text=lambda: ledger_text(document))
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the recipe's unfinished run")] = False,
+    workspace: WorkspaceOption = None,
+    as_json: Json = False,
+) -> None:
+    """Train a run."""
+    from tunesmith.api import tune
+    from tunesmith.texts import train_text
+    from tunesmith.train.observers import terminal_progress
+
+    with terminal_progress() as progress:
+        run = tune(recipe, workspace=_workspace(workspace), overrides=overrides, resume=resume, observer=progress)
+    _show(run.summary, as_json=as_json, text=lambda: train_text(run.summary))
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    data: Annotated[str | None, typer.Option("--data", help="other held-out rows")] = None,
+    against: Annotated[
+        list[str] | None, typer.Option("--against", help="base, few_shot (may be repeated); the recipe's by default")
+    ] = None,
+    rows: Annotated[int | None, typer.Option("--rows", help="at most this many rows")] = None,
+    workspace: WorkspaceOption = None,
+    as_json: Json = False,
+) -> None:
+    """Base and tuned on the same rows, with intervals and p-values; writes the report."""
+    from tunesmith.api import evaluate as run_evaluate
+    from tunesmith.api import evaluation_settings, find_run
+    from tunesmith.texts import evaluation_text
+
+    space = _workspace(workspace)
+    found = find_run(run, workspace=space)
+    settings = evaluation_settings(found, against=against, rows=rows)
+    evaluation = run_evaluate(found, data=data, settings=settings, workspace=space, on_progress=_say)
+    report = found.path / "report.html"
+    _show(evaluation.as_dict(), as_json=as_json, text=lambda: f"{evaluation_text(evaluation.document)}\n\nreport: {report}")
+
+
+@app.command()
+def runs(workspace: WorkspaceOption = None, as_json: Json = False) -> None:
+    """All runs of the workspace, newest first."""
+    from tunesmith.registry.compare import runs_table, runs_text
+
+    found = runs_table(_index(workspace))
+    _show([r.as_dict() for r in found], as_json=as_json, text=lambda: runs_text(found))
+
+
+@app.command()
+def show(run: RunArgument, workspace: WorkspaceOption = None, as_json: Json = False) -> None:
+    """One run: its numbers, its data and base down to their bytes, its verdict."""
+    from tunesmith.registry.compare import show_run
+
+    details = show_run(_workspace(workspace).find_run(run), _index(workspace))
+    _show(details.as_dict(), as_json=as_json, text=details.as_text)
+
+
+@app.command()
+def compare(
+    run: RunArgument,
+    other: Annotated[str, typer.Argument(help="the other run")],
+    workspace: WorkspaceOption = None,
+    as_json: Json = False,
+) -> None:
+    """What differs between two runs' recipes and results."""
+    from tunesmith.registry.compare import compare_runs
+
+    space = _workspace(workspace)
+    comparison = compare_runs(space.find_run(run), space.find_run(other))
+    _show(comparison.as_dict(), as_json=as_json, text=comparison.as_text)
+
+
+@app.command()
+def report(run: RunArgument, workspace: WorkspaceOption = None, as_json: Json = False) -> None:
+    """Write a run's report.html again."""
+    from tunesmith.evaluate.report import write_report
+
+    path = write_report(_workspace(workspace).find_run(run))
+    _show({"report": str(path)}, as_json=as_json, text=lambda: str(path))
+
+
+@app.command()
+def generate(
+    run: RunArgument,
+    prompt: Annotated[str | None, typer.Argument(help="the prompt; standard input by default")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="a system prompt; the recipe's by default")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0)] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    use_base: Annotated[bool, typer.Option("--base", help="let the base answer instead")] = False,
+    workspace: WorkspaceOption = None,
+    as_json: Json = False,
+) -> None:
+    """The tuned model's answer to one prompt."""
+    from tunesmith.chat import answer
+
+    text = prompt if prompt is not None else sys.stdin.read().rstrip("\n")
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    result = answer(run, prompt=text, system=system, sampling=sampling, base=use_base, workspace=_workspace(workspace))
+    _show({"prompt": text, "answer": result}, as_json=as_json, text=lambda: result)
+
+
+@app.command()
+def chat(
+    run: RunArgument,
+    system: Annotated[str | None, typer.Option("--system", help="a system prompt; the recipe's by default")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Talk with the tuned model; answers stream. /reset forgets, /quit or Ctrl-D ends."""
+    from tunesmith.chat import converse
+
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    converse(run, system=system, sampling=sampling, workspace=_workspace(workspace))
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option("--out", help="a new folder")],
+    form: Annotated[str, typer.Option("--format", help="peft or merged")] = "merged",
+    workspace: WorkspaceOption = None,
+    as_json: Json = False,
+) -> None:
+    """Write the tuned model for use elsewhere, and check that it is the same model."""
+    from tunesmith.api import export as run_export
+
+    path = run_export(run, form=form, out=out, workspace=_workspace(workspace))
+    _show({"path": str(path), "format": form}, as_json=as_json, text=lambda: f"{path} ({form}; logits equal the run's)")
+
+
+def _index(workspace: Path | None) -> Any:
+    from tunesmith.registry.index import Index
+    from tunesmith.registry.store import Store
+
+    space = _workspace(workspace)
+    return Index(space.index, store=Store(space.store))
+
+
+def _fail(message: str, hint: str, status: int) -> NoReturn:
+    _say(f"error: {' '.join(message.split())}")
+    _say(f"hint: {' '.join(hint.split()) or 'tunesmith --help lists the commands'}")
+    sys.exit(status)
+
+
+def main() -> None:
+    """Run a command and turn every foreseen error into two lines and an exit status."""
+    try:
+        app(standalone_mode=False)
+    except Interrupted as error:
+        _say(f"\n{error.message}")
+        _say(f"hint: {error.hint}")
+        sys.exit(128 + error.signal_number)
+    except TunesmithError as error:
+        _fail(str(error), error.hint, 2)
+    except click.exceptions.NoArgsIsHelpError as error:
+        _say(error.format_message())
+        sys.exit(2)
+    except click.UsageError as error:
+        where = f"{error.ctx.command_path} --help" if error.ctx else "tunesmith --help"
+        _fail(error.format_message(), f"{where} shows how it is called", 2)
+    except click.ClickException as error:
+        _fail(error.format_message(), "", 2)
+    except (KeyboardInterrupt, click.Abort):
+        _say("\nstopped")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

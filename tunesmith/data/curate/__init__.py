@@ -1,0 +1,1 @@
+"""One file a check: what is repeated, what is private, what the labels look like."""

@@ -1,0 +1,74 @@
+"""Answers that are labels: one class only, a class with a single row, one label in two spellings."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tunesmith.data.curate.duplicates import normalise
+from tunesmith.data.ledger import Problem
+from tunesmith.data.types import Origin
+
+MAX_LABELS = 1_000
+MAX_LABEL_CHARACTERS = 64
+MAX_SPELLINGS = 1_000
+ROWS_A_LABEL = 3  # fewer rows a distinct answer on average, and the answers are not labels
+MIN_ROWS_FOR_RARE = 10
+
+
+@dataclass
+class _Label:
+    spelling: str
+    origin: Origin
+    num_rows: int = 0
+
+
+class Labels:
+    """Counts the answers of a file as long as they may be labels: few, short, and not JSON.
+
+    `certain` says that they are (the file has a label column), however few rows there are.
+    """
+
+    def __init__(self) -> None:
+        self.certain = False
+        self.num_rows = 0
+        self._labels: dict[str, _Label] = {}
+        self._spellings: list[tuple[str, Origin]] = []
+        self._given_up = False
+
+    def add(self, answer: str, *, origin: Origin) -> None:
+        """Count one answer."""
+        self.num_rows += 1
+        if self._given_up:
+            return
+        if len(answer) > MAX_LABEL_CHARACTERS or answer.lstrip()[:1] in ("{", "[") or len(self._labels) > MAX_LABELS:
+            self._given_up = True
+            self._labels.clear()
+            self._spellings.clear()
+            return
+        label = self._labels.setdefault(normalise(answer), _Label(answer, origin))
+        label.num_rows += 1
+        if answer != label.spelling and len(self._spellings) < MAX_SPELLINGS:
+            self._spellings.append((answer, origin))
+
+    def problems(self) -> Iterator[Problem]:
+        """What is odd about the labels; nothing where the answers are no labels."""
+        if self._given_up or self.num_rows < 2:
+            return
+        if not self.certain and len(self._labels) * ROWS_A_LABEL > self.num_rows:
+            return
+        for answer, origin in self._spellings:
+            first = self._labels[normalise(answer)]
+            message = f"the label {answer!r} is written {first.spelling!r} at {first.origin}"
+            yield Problem(
+                "label_error", "warning", *origin, message=message, other=first.origin, hint="use one spelling"
+            )
+        if len(self._labels) == 1:
+            only = next(iter(self._labels.values()))
+            message = (
+                f"all {self.num_rows:,} rows have the same answer, {only.spelling!r}: there is nothing to tell apart"
+            )
+            yield Problem("imbalance", "warning", *only.origin, message=message, hint="add rows of the other classes")
+        elif self.num_rows >= MIN_ROWS_FOR_RARE:
+            for label in self._labels.values():
+                if label.num_rows == 1:
+                    message = f"the class {label.spelling!r} has a single row: it cannot be both trained and tested"
+                    yield Problem("imbalance", "warning", *label.origin, message=message, hint="add rows of this class")

@@ -1,0 +1,208 @@
+"""Packs: sequences laid out as prefix trees, so that what several begin with is stored and computed once.
+
+A pack is a forest in depth-first order. Three integer vectors say everything: `tokens_T`, `position_T` (depth in the
+tree, which is the position id) and `end_T` (one past the last token of the subtree below this token). The one
+visibility rule is
+
+    token i sees token j   <=>   j <= i < end[j]
+
+Plain packing is the case in which nothing is shared. Prefix trees for training appear in "Tree Training" (2024-26,
+RL groups) and, for inference, in SGLang's RadixAttention; here they are the only layout, for every objective.
+
+Shapes: T packed tokens, N targets, S sequences.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import numpy as np
+
+from tunesmith.data.types import Sequence
+
+MIN_SHARED_TOKENS = 16  # below this a node costs more in kernel calls than it saves
+
+
+class Node(NamedTuple):
+    """A run of tokens without a branch: tokens [start, stop), its subtree [start, end)."""
+
+    start: int
+    stop: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Sequences as one prefix forest.
+
+    tokens_T, position_T, end_T int64. For each target: `source_N` is the token whose hidden state predicts it,
+    `target_N` the token id predicted, `weight_N` float32, `sequence_N` the index of the sequence it belongs to.
+    `rows_S` numbers the rows the sequences came from; `num_row_tokens` is the sum of the sequences' own lengths.
+    """
+
+    tokens_T: np.ndarray
+    position_T: np.ndarray
+    end_T: np.ndarray
+    source_N: np.ndarray
+    target_N: np.ndarray
+    weight_N: np.ndarray
+    sequence_N: np.ndarray
+    rows_S: np.ndarray
+    num_row_tokens: int
+
+    @cached_property
+    def nodes(self) -> list[Node]:
+        """The tree's nodes in depth-first order, read off the three vectors."""
+        if len(self.tokens_T) == 0:
+            return []
+        breaks = np.flatnonzero(
+            (self.end_T[1:] != self.end_T[:-1]) | (self.position_T[1:] != self.position_T[:-1] + 1)
+        )
+        starts = np.concatenate([[0], breaks + 1]).tolist()
+        stops = np.concatenate([breaks + 1, [len(self.tokens_T)]]).tolist()
+        return [Node(a, b, int(self.end_T[a])) for a, b in zip(starts, stops, strict=True)]
+
+
+def shared_length(a_T: np.ndarray, b_T: np.ndarray) -> int:
+    """How many tokens two sequences begin with alike."""
+    length = min(len(a_T), len(b_T))
+    different = a_T[:length] != b_T[:length]
+    first = int(different.argmax()) if length else 0
+    return first if length and different[first] else length
+
+
+def _sorted(sequences: list[Sequence]) -> list[int]:
+    return sorted(range(len(sequences)), key=lambda i: sequences[i].tokens_T.astype(">i4").tobytes())
+
+
+class _Path(NamedTuple):
+    """The packed ranges from a root down to a node."""
+
+    above: "_Path | None"
+    start: int
+    stop: int
+
+    def indices(self) -> np.ndarray:
+        """Packed index of every token on the way, root first."""
+        ranges, node = [], self
+        while True:
+            ranges.append(np.arange(node.start, node.stop))
+            if node.above is None:
+                return np.concatenate(ranges[::-1])
+            node = node.above
+
+
+class _Builder:
+    """Lays out sorted sequences depth first. `shared[i]` is what sorted sequence i shares with the one before it."""
+
+    def __init__(self, sequences: list[Sequence], min_shared: int):
+        self.sequences, self.min_shared = sequences, min_shared
+        self.tokens: list[np.ndarray] = []
+        self.position: list[np.ndarray] = []
+        self.end: list[np.ndarray] = []
+        self.num_tokens = 0
+        self.paths: list[_Path | None] = [None] * len(sequences)
+        self.shared = [0] + [
+            shared_length(a.tokens_T, b.tokens_T) for a, b in zip(sequences, sequences[1:], strict=False)
+        ]
+        self.todo: list[Callable[[], None]] = []  # a stack instead of recursion: trees may be deep
+
+    def build(self) -> None:
+        """Lay out all sequences."""
+        self.group(0, len(self.sequences), 0, None)
+        while self.todo:
+            self.todo.pop()()
+
+    def group(self, first: int, last: int, depth: int, path: _Path | None) -> None:
+        """Sequences [first, last) have `path` in common; those that share `min_shared` further tokens form a node."""
+        borders = [i for i in range(first + 1, last) if self.shared[i] < depth + self.min_shared]
+        for a, b in reversed(list(zip([first, *borders], [*borders, last], strict=True))):
+            if a < b:
+                self.todo.append(partial(self.node, a, b, depth, path))
+
+    def node(self, first: int, last: int, depth: int, path: _Path | None) -> None:
+        """What sequences [first, last) share beyond `depth`, and below it what they do not."""
+        common = min([len(self.sequences[first].tokens_T), *self.shared[first + 1 : last]])
+        here = _Path(path, self.num_tokens, self.num_tokens + common - depth)
+        self.tokens.append(self.sequences[first].tokens_T[depth:common])
+        self.position.append(np.arange(depth, common))
+        end = np.empty(common - depth, dtype=np.int64)
+        self.end.append(end)
+        self.num_tokens += common - depth
+        while first < last and len(self.sequences[first].tokens_T) == common:
+            self.paths[first] = here
+            first += 1
+        self.todo.append(partial(self.close, end))
+        self.group(first, last, common, here)
+
+    def close(self, end: np.ndarray) -> None:
+        """The subtree below a node is laid out."""
+        end[:] = self.num_tokens
+
+
+def build_pack(sequences: list[Sequence], *, min_shared: int = MIN_SHARED_TOKENS) -> Pack:
+    """Lay sequences out as a prefix forest. Prefixes of fewer than `min_shared` common tokens are not shared."""
+    order = _sorted(sequences)
+    ordered = [sequences[i] for i in order]
+    builder = _Builder(ordered, min_shared)
+    builder.build()
+    sources, targets, weights, owners = [], [], [], []
+    for index, (sequence, path) in enumerate(zip(ordered, builder.paths, strict=True)):
+        assert path is not None
+        packed_T = path.indices()
+        trained = np.flatnonzero(sequence.weight_T)
+        assert len(packed_T) == len(sequence.tokens_T)
+        assert not len(trained) or trained[0] > 0, "nothing stands before the first token, so it cannot be predicted"
+        sources.append(packed_T[trained - 1])
+        targets.append(sequence.tokens_T[trained])
+        weights.append(sequence.weight_T[trained])
+        owners.append(np.full(len(trained), index))
+
+    def joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+        return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+
+    return Pack(
+        tokens_T=joined(builder.tokens, np.int64),
+        position_T=joined(builder.position, np.int64),
+        end_T=joined(builder.end, np.int64),
+        source_N=joined(sources, np.int64),
+        target_N=joined(targets, np.int64),
+        weight_N=joined(weights, np.float32),
+        sequence_N=joined(owners, np.int64),
+        rows_S=np.array([s.row for s in ordered], dtype=np.int64),
+        num_row_tokens=sum(len(s.tokens_T) for s in sequences),
+    )
+
+
+def build_packs(
+    sequences: list[Sequence], *, max_tokens: int, min_shared: int = MIN_SHARED_TOKENS
+) -> Iterator[Pack]:
+    """Split sequences into packs of at most `max_tokens` computed tokens each (a longer sequence gets its own).
+
+    Sequences with a common beginning stand beside each other in sorted order, so they meet in one pack.
+    """
+    group: list[Sequence] = []
+    cost = 0
+    for i in _sorted(sequences):
+        sequence = sequences[i]
+        shared = shared_length(group[-1].tokens_T, sequence.tokens_T) if group else 0
+        own = len(sequence.tokens_T) - (shared if shared >= min_shared else 0)
+        if group and cost + own > max_tokens:
+            yield from _within(group, max_tokens, min_shared)
+            group, cost, own = [], 0, len(sequence.tokens_T)
+        group.append(sequence)
+        cost += own
+    if group:
+        yield from _within(group, max_tokens, min_shared)
+
+
+def _within(group: list[Sequence], max_tokens: int, min_shared: int) -> Iterator[Pack]:
+    """The group as one pack, or halved: what rows share by pairs can be a little more than what the tree stores once."""
+    pack = build_pack(group, min_shared=min_shared)
+    if len(pack.tokens_T) <= max_tokens or len(group) == 1:
+        yield pack
+    else:
+        middle = len(group) // 2
+        yield from _within(group[:middle], max_tokens, min_shared)
+        yield from _within(group[middle:], max_tokens, min_shared)

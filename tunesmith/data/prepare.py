@@ -1,0 +1,320 @@
+"""Rows -> packs-to-be: read, split, rendered, counted, and kept on disk by content.
+
+The folder's name is a hash of all that decides its content: the bytes of the files, the data settings, the objective, the
+template, the tokenizer and this code. So a cache can be used without asking, and is never stale. Memory does not grow
+with the data.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from tunesmith.data.formats import examine
+from tunesmith.data.ledger import Ledger, Problem
+from tunesmith.data.settings import DataSettings
+from tunesmith.data.sources import read_rows, resolve
+from tunesmith.data.split import side
+from tunesmith.data.template import ChatTemplate
+from tunesmith.data.tokens import TokenStore, TokenWriter
+from tunesmith.data.types import Example, Message, Origin, Sequence
+from tunesmith.errors import DataError, TemplateError
+from tunesmith.storage import new_folder, sha256_file
+
+BATCH_ROWS = 512
+MAX_ERRORS = 100  # kept for the message; the ledger counts them all
+
+
+class Trains(Protocol):
+    """The part of an objective that preparation needs."""
+
+    def sequences(self, examples: list[Example], *, template: ChatTemplate, max_tokens: int) -> list[list[Sequence]]:
+        """For each example, what is read and trained."""
+
+    def units(self, sequences: list[Sequence]) -> list[list[Sequence]]:
+        """What is shuffled as one row."""
+
+    def model_dump(self) -> dict[str, Any]:
+        """The objective's settings."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared data set: token stores for training and validation, held-out examples, and the ledger."""
+
+    folder: Path
+    digest: str
+
+    @property
+    def train(self) -> TokenStore:
+        """Units to train on."""
+        return TokenStore(self.folder / "train")
+
+    @property
+    def validation(self) -> TokenStore | None:
+        """Units that choose the best step, or None."""
+        store = TokenStore(self.folder / "validation")
+        return store if len(store) else None
+
+    @property
+    def ledger(self) -> dict[str, Any]:
+        """What became of every row."""
+        return json.loads((self.folder / "ledger.json").read_text("utf-8"))
+
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """SHA-256 of every file read, by the name the user gave."""
+        return json.loads((self.folder / "files.json").read_text("utf-8"))
+
+    def examples(self, name: str) -> Iterator[Example]:
+        """The examples of `train`, `validation` or `test`, in order."""
+        with (self.folder / f"{name}.jsonl").open("rb") as file:
+            for line in file:
+                yield _from_json(json.loads(line))
+
+    def held_out(self) -> tuple[str, list[Example]]:
+        """The rows to prove a model on: `test` where there is one, else `validation`."""
+        for name in ("test", "validation"):
+            examples = list(self.examples(name))
+            if examples:
+                return name, examples
+        return "none", []
+
+
+def _to_json(example: Example) -> str:
+    messages = [[m.role, m.content, m.weight, m.extra] for m in example.messages]
+    value = [list(example.origin), example.form, messages, example.text, list(example.tools)]
+    return json.dumps(value, ensure_ascii=True, default=str)
+
+
+def _from_json(value: list[Any]) -> Example:
+    origin, form, messages, text, tools = value
+    return Example(Origin(*origin), form, tuple(Message(*m) for m in messages), text, tuple(tools))
+
+
+def code_digest() -> str:
+    """Hash of the code that decides what rows become."""
+    package = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted([*package.glob("data/*.py"), *package.glob("objectives/*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def prepare(
+    settings: DataSettings,
+    *,
+    objective: Trains,
+    template: ChatTemplate,
+    max_tokens: int,
+    cache: Path,
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> Prepared:
+    """Read, split, render and count. Raises DataError or TemplateError with file and line where rows are at fault.
+
+    `max_tokens` is the longest sequence allowed. `on_rows` is told how many rows were read so far.
+    """
+    files = {
+        name: [f"{shown} {sha256_file(path)}" for source in sources for shown, path in resolve(source)]
+        for name, sources in _sources(settings).items()
+    }
+    what = {
+        "files": files,
+        "settings": settings.model_dump(mode="json"),
+        "objective": objective.model_dump(),
+        "template": template.source,
+        "tokenizer": template.tokenizer.digest,
+        "max_tokens": max_tokens,
+        "code": code_digest(),
+    }
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    folder = cache / "prepared" / digest[:32]
+    if not (folder / "ledger.json").is_file():
+        with new_folder(folder) as new:
+            _Preparation(settings, objective, template, max_tokens, new, on_rows).run()
+            (new / "files.json").write_text(json.dumps(files, indent=1), "utf-8")
+    return Prepared(folder, digest)
+
+
+def _sources(settings: DataSettings) -> dict[str, list[str]]:
+    held = {n: [v] for n, v in (("validation", settings.validation), ("test", settings.test)) if isinstance(v, str)}
+    return held | {"train": settings.train_paths}
+
+
+@dataclass
+class _Preparation:
+    settings: DataSettings
+    objective: Trains
+    template: ChatTemplate
+    max_tokens: int
+    folder: Path
+    on_rows: Callable[[int], None]
+    ledger: Ledger = field(default_factory=Ledger)
+    errors: list[Problem] = field(default_factory=list)
+    num_errors: int = 0
+    num_rows: int = 0
+    seen: dict[str, set[int]] = field(default_factory=dict)  # by side: 64 bits of each row's key
+    longest: tuple[int, Origin] | None = None
+
+    def run(self) -> None:
+        sides = ("train", "validation", "test")
+        writers = {name: TokenWriter(self.folder / name) for name in sides if name != "test"}
+        texts = {name: (self.folder / f"{name}.jsonl").open("w", encoding="utf-8") for name in sides}
+        try:
+            for name, sources in _sources(self.settings).items():
+                shares = self.settings.shares if name == "train" else {}
+                for batch in _batched(self._examples(sources), BATCH_ROWS):
+                    for example, where, sequences in self._rendered(batch, name=name, shares=shares):
+                        texts[where].write(_to_json(example) + "\n")
+                        if where in writers:
+                            for unit in self.objective.units(sequences):
+                                writers[where].add(unit, origin=example.origin)
+                    self.on_rows(self.num_rows)
+        finally:
+            for file in texts.values():
+                file.close()
+            for writer in writers.values():
+                writer.close()
+        self._settle(writers)
+        self.ledger.assert_complete(self.num_rows)
+        (self.folder / "ledger.json").write_text(json.dumps(self.ledger.as_dict(), indent=1), "utf-8")
+
+    def _examples(self, sources: list[str]) -> Iterator[Example]:
+        for source in sources:
+            for row in read_rows(source, on_bad=self._unreadable):
+                self.num_rows += 1
+                example = examine(row, settings=self.settings)
+                if isinstance(example, Problem):
+                    self._refuse(example)
+                else:
+                    yield example
+
+    def _unreadable(self, problem: Problem) -> None:
+        if problem.severity == "error":
+            self.num_rows += 1
+            self._refuse(problem)
+
+    def _refuse(self, problem: Problem) -> None:
+        self.num_errors += 1
+        self.ledger.record_problem(problem)
+        if len(self.errors) < MAX_ERRORS:
+            self.errors.append(problem)
+
+    def _rendered(
+        self, batch: list[Example], *, name: str, shares: dict[str, float]
+    ) -> Iterator[tuple[Example, str, list[Sequence]]]:
+        """The examples that stay, with their side and sequences; the others are entered in the ledger."""
+        for example, sequences in self._sequences(batch):
+            where = name if name != "train" else side(example.prompt_key, shares=shares)
+            if sequences is None or self._duplicate(example, where=where):
+                continue
+            fitted = self._fit(example, sequences)
+            if fitted is None:
+                continue
+            cut, sequences = fitted
+            if not any(s.num_targets for s in sequences):
+                message = "no token of this row would be trained"
+                self._refuse(Problem("empty_target", "error", *example.origin, message, hint="mend or drop the row"))
+                continue
+            if where != "train":
+                self.ledger.record(example.origin, state=f"held_out_{where}")
+            elif cut:
+                self.ledger.record(example.origin, state="truncated", reason="too_long", tokens_cut=cut)
+            else:
+                self.ledger.record(example.origin, state="trained")
+            yield example, where, sequences
+
+    def _sequences(self, batch: list[Example]) -> Iterator[tuple[Example, list[Sequence] | None]]:
+        """Render a batch at once; row by row only where one of them is refused."""
+        try:
+            yield from zip(batch, self._render(batch), strict=True)
+        except (TemplateError, DataError):
+            for example in batch:
+                try:
+                    yield example, self._render([example])[0]
+                except (TemplateError, DataError) as error:
+                    kind = "template" if isinstance(error, TemplateError) else "bad_row"
+                    self._refuse(Problem(kind, "error", *example.origin, error.message, hint=error.hint))
+                    yield example, None
+
+    def _render(self, batch: list[Example]) -> list[list[Sequence]]:
+        return self.objective.sequences(batch, template=self.template, max_tokens=self.max_tokens)
+
+    def _duplicate(self, example: Example, *, where: str) -> bool:
+        """Whether the row is left out because it stands elsewhere: in a held-out file, or (if asked) before."""
+        key = int(example.key[:16], 16)
+        for held in ("validation", "test"):
+            if where != held and key in self.seen.get(held, ()):
+                self.ledger.record(example.origin, state="duplicate", reason=f"also in {held}")
+                return True
+        seen = self.seen.setdefault(where, set())
+        if key in seen and where == "train" and self.settings.duplicates == "drop":
+            self.ledger.record(example.origin, state="duplicate", reason="repeated")
+            return True
+        if where != "train" or self.settings.duplicates == "drop":
+            seen.add(key)
+        return False
+
+    def _fit(self, example: Example, sequences: list[Sequence]) -> tuple[int, list[Sequence]] | None:
+        """Apply `too_long`; None when the row was dropped."""
+        over = max(len(s.tokens_T) for s in sequences) - self.max_tokens
+        if over <= 0:
+            return 0, sequences
+        if self.settings.too_long == "drop":
+            self.ledger.record(example.origin, state="dropped", reason="too_long")
+            return None
+        if self.settings.too_long == "refuse":
+            message = f"the row has {over + self.max_tokens:,} tokens and {self.max_tokens:,} are allowed"
+            hint = "set data.too_long: truncate or drop, raise data.max_tokens, or shorten the row"
+            self._refuse(Problem("too_long", "error", *example.origin, message, hint=hint))
+            if self.longest is None or over + self.max_tokens > self.longest[0]:
+                self.longest = (over + self.max_tokens, example.origin)
+            return None
+        short = [Sequence(s.tokens_T[: self.max_tokens], s.weight_T[: self.max_tokens]) for s in sequences]
+        kept = [s for s in short if s.num_targets]
+        if not kept:
+            self.ledger.record(example.origin, state="dropped", reason="nothing left to train after truncation")
+            return None
+        return sum(len(s.tokens_T) for s in sequences) - sum(len(s.tokens_T) for s in kept), kept
+
+    def _settle(self, writers: dict[str, TokenWriter]) -> None:
+        """Refuse what may not be lost in silence."""
+        too_long = self.ledger.reasons.get("bad", {}).get("too_long", 0)
+        if self.errors and (self.settings.bad_rows == "refuse" or too_long):
+            first = next((p for p in self.errors if p.kind == "too_long"), self.errors[0])
+            first = self.errors[0] if self.settings.bad_rows == "refuse" else first
+            more = f" ({self.num_errors} rows are at fault)" if self.num_errors > 1 else ""
+            if first.kind == "too_long" and self.longest is not None:
+                more = f" ({too_long} rows are too long, the longest has {self.longest[0]:,})" if too_long > 1 else ""
+            hint = first.hint if first.kind == "too_long" else f"{first.hint}; or set data.bad_rows: drop"
+            error = TemplateError if first.kind == "template" else DataError
+            raise error(first.message + more, file=first.file, line=first.line, hint=hint)
+        if writers["train"].num_units == 0:
+            source = self.settings.train_paths[0]
+            raise DataError(
+                f"no row is left to train on: {self.ledger.summary()}", file=source, hint="give more rows, or hold out fewer"
+            )
+        asked = "validation" in self.settings.model_fields_set and self.settings.validation is not None
+        if asked and writers["validation"].num_units == 0:
+            given = self.settings.validation
+            raise DataError(
+                "data.validation holds no row",
+                file=given if isinstance(given, str) else self.settings.train_paths[0],
+                hint="give more rows, a larger share, a file, or data.validation: null",
+            )
+
+
+def _batched(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    batch: list[Example] = []
+    for example in examples:
+        batch.append(example)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+__all__ = ["Prepared", "code_digest", "prepare"]

@@ -1,0 +1,119 @@
+"""The `data` section of a recipe: which files, what their columns mean, how they are split and what may be left out."""
+
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Form = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text"]
+MAPPING_KEYS = ("prompt", "completion", "system", "text", "messages")
+PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+
+
+class DataSettings(BaseModel):
+    """What to read and how to treat it. Every default refuses rather than loses a row."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    train: str | list[str] = Field(
+        description="The training rows: a file, a folder, a hub data set `owner/name:split`, or a list of these."
+    )
+    validation: float | str | None = Field(
+        default=0.1,
+        description="Rows that choose the best step: a share of `train` between 0 and 1, or a file; null for none.",
+    )
+    test: float | str | None = Field(
+        default=None, description="Rows that only the evaluation sees: a share of `train` between 0 and 1, or a file."
+    )
+    form: Form = Field(default="auto", description="The form of the rows; `auto` tells it from each row's columns.")
+    mapping: dict[str, str] = Field(
+        default_factory=dict,
+        description="Which column is what, in files with columns of their own: `prompt` and `completion` (and"
+        " `system`), or `text`, or `messages`. A value with a `{column}` in it is a pattern filled from the row.",
+    )
+    system: str | None = Field(default=None, description="A system prompt for the conversations that have none.")
+    template: str | None = Field(
+        default=None, description="A file with a jinja chat template, used instead of the base model's own."
+    )
+    max_tokens: int | None = Field(
+        default=None, ge=2, description="The longest row in tokens. None: the context length of the base model."
+    )
+    too_long: Literal["refuse", "truncate", "drop"] = Field(
+        default="refuse",
+        description="What to do with a row over `max_tokens`: stop the run, cut its end, or leave it out.",
+    )
+    duplicates: Literal["keep", "drop"] = Field(
+        default="keep", description="What to do with a row that repeats an earlier one exactly."
+    )
+    bad_rows: Literal["refuse", "drop"] = Field(
+        default="refuse", description="What to do with a row that cannot be used: stop the run, or leave it out."
+    )
+
+    @property
+    def train_paths(self) -> list[str]:
+        """`train` as a list."""
+        return [self.train] if isinstance(self.train, str) else list(self.train)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The shares of `train` that are held out, by side: `validation`, `test`; a side that is a file is absent."""
+        sides = {"validation": self.validation, "test": self.test}
+        return {name: value for name, value in sides.items() if isinstance(value, float)}
+
+    @field_validator("validation", "test", mode="after")
+    @classmethod
+    def _check_share(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, float) and not 0 < value < 1:
+            raise ValueError(f"the share is {value:g}; a share lies between 0 and 1 (or give a file, or null for none)")
+        return value
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> "DataSettings":
+        for complaint in (*self._path_complaints(), *self._mapping_complaints(), *self._text_complaints()):
+            raise ValueError(complaint)
+        return self
+
+    def _path_complaints(self) -> Iterator[str]:
+        paths = self.train_paths
+        if not paths or not all(path.strip() for path in paths):
+            yield "`train` names no file; give a file, a folder, a hub name or a list of these"
+        if len(set(paths)) != len(paths):
+            repeated = next(path for path in paths if paths.count(path) > 1)
+            yield f"`train` names {repeated!r} twice; name each file once"
+        for name, value in (("validation", self.validation), ("test", self.test)):
+            if isinstance(value, str) and value in paths:
+                yield f"`{name}` is {value!r}, which is also trained on; give another file, or a share such as 0.1"
+        if isinstance(self.test, str) and self.test == self.validation:
+            yield f"`test` and `validation` are both {self.test!r}; a test must not also choose the best step"
+        if sum(self.shares.values()) >= 1:
+            yield f"`validation` {self.validation:g} and `test` {self.test:g} leave nothing to train on"
+
+    def _mapping_complaints(self) -> Iterator[str]:
+        keys = set(self.mapping)
+        if unknown := sorted(keys - set(MAPPING_KEYS)):
+            yield f"`mapping` has the key {unknown[0]!r}; allowed are {', '.join(MAPPING_KEYS)}"
+        if empty := sorted(key for key in keys if not self.mapping[key].strip()):
+            yield f"`mapping.{empty[0]}` is empty; give a column name or a pattern such as '{{question}}'"
+        if keys and len(keys & {"prompt", "text", "messages"}) != 1:
+            yield f"`mapping` has {', '.join(sorted(keys))}; give exactly one of prompt, text, messages"
+        if ("prompt" in keys) != ("completion" in keys):
+            yield "`mapping` needs `prompt` and `completion` together"
+        if "system" in keys and "prompt" not in keys:
+            yield "`mapping.system` goes with `prompt` and `completion` only"
+        if "messages" in keys and PLACEHOLDER.search(self.mapping["messages"]):
+            yield "`mapping.messages` is a column name, not a pattern"
+        if keys and self.form not in ("auto", self.mapped_form):
+            yield f"`form` is {self.form} but `mapping` makes {self.mapped_form} rows; leave `form` out"
+
+    def _text_complaints(self) -> Iterator[str]:
+        if "text" in (self.form, self.mapped_form):
+            for name in ("system", "template"):
+                if getattr(self, name) is not None:
+                    yield f"`{name}` has no effect on plain text; leave it out, or map prompt and completion"
+
+    @property
+    def mapped_form(self) -> str | None:
+        """The form that `mapping` makes: `prompt_completion`, `text`, `chat`, or None without a mapping."""
+        forms = {"prompt": "prompt_completion", "text": "text", "messages": "chat"}
+        return next((form for key, form in forms.items() if key in self.mapping), None)

@@ -1,0 +1,234 @@
+"""One run as one page: `report.html`, self-contained, without scripts, for screen and paper, light and dark.
+
+This file reads the run's folder and turns it into plain values: texts, numbers and coordinates. The template draws
+them with autoescaping on, and nothing is ever marked as safe, so no row of data can become markup. The page also
+carries a policy that forbids scripts and every request to the network.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from tunesmith.errors import NotFoundError
+from tunesmith.evaluate.curves import Scale, curves
+from tunesmith.evaluate.examples import Headline, examples
+from tunesmith.evaluate.metrics import METRICS
+from tunesmith.evaluate.statistics import SIGNIFICANCE, decimals, p_text
+from tunesmith.evaluate.texts import bytes_text, clip, duration_text, number_text, read_json, time_text
+from tunesmith.storage import write_text
+
+MAX_FOLD = 600  # characters of a text shown before the rest is folded
+MAX_DOCUMENT = 40_000  # characters of the recipe
+MAX_LEDGER_DETAILS = 200
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write `report.html` into a run's folder and return its path.
+
+    Reads run.json and resolved.json, and recipe.yaml, ledger.json, metrics.jsonl, evaluation.json and examples.jsonl
+    where they exist. Raises NotFoundError if one of the first two is missing, StorageError if a file is damaged.
+    """
+    run_folder = Path(run_folder)
+    run, resolved = read_json(run_folder / "run.json"), read_json(run_folder / "resolved.json")
+    for name, document in (("run.json", run), ("resolved.json", resolved)):
+        if document is None:
+            raise NotFoundError(
+                f"{run_folder} holds no {name}, so it is not a finished run",
+                hint="`tunesmith runs` lists the runs; `tunesmith train RECIPE --resume` finishes one",
+            )
+    evaluation = read_json(run_folder / "evaluation.json")
+    headline = Headline.of(evaluation)
+    recipe = run_folder / "recipe.yaml"
+    view = {
+        "name": run.get("name") or run.get("run") or run_folder.name,
+        "run": run,
+        "created": time_text(run["created"]) if run.get("created") else "",
+        "facts": _facts(run),
+        "verdict": _verdict(evaluation, headline=headline, name=run.get("run") or run_folder.name),
+        "scores": _scores(evaluation) if evaluation else None,
+        "differences": _differences(evaluation) if evaluation else None,
+        "curves": curves(run_folder / "metrics.jsonl", best_step=run.get("best_step")),
+        "examples": examples(run_folder / "examples.jsonl", headline=headline),
+        "ledger": _ledger(read_json(run_folder / "ledger.json")),
+        "recipe": clip(recipe.read_text(encoding="utf-8"), MAX_DOCUMENT) if recipe.exists() else None,
+        "versions": run.get("versions") or {},
+        "settings": dict(_flatten(resolved)),
+    }
+    path = run_folder / "report.html"
+    write_text(path, text=_environment().get_template("report.html").render(view))
+    return path
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["count"] = lambda value: f"{value:,}"
+    environment.globals["max_fold"] = MAX_FOLD
+    return environment
+
+
+STOPPED = {"finished": "ran to the end", "early": "stopped early", "signal": "stopped by a signal"}
+
+
+def _facts(run: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The key numbers: name, value and a note, of whatever run.json holds."""
+    facts = []
+
+    def fact(name: str, key: str, text: Any, note: str = "") -> None:
+        if run.get(key) is not None:
+            facts.append({"name": name, "value": text(run[key]), "note": note})
+
+    share = 100 * run["trainable_parameters"] / run["parameters"] if run.get("parameters") else None
+    best = f"best at step {run['best_step']:,}" if run.get("best_step") is not None else ""
+    fact("training rows", "rows", number_text)
+    fact("steps", "steps", number_text, STOPPED.get(run.get("stopped", ""), ""))
+    fact("training loss", "train_loss", lambda value: f"{value:.4f}", "")
+    fact("validation loss", "validation_loss", lambda value: f"{value:.4f}", best)
+    fact("trained parameters", "trainable_parameters", number_text, f"{share:.3g} % of the model" if share else "")
+    fact("tokens", "tokens", number_text, f"{run['target_tokens']:,} trained" if run.get("target_tokens") else "")
+    fact(
+        "time",
+        "seconds",
+        duration_text,
+        f"{run['tokens_per_second']:,.0f} tokens/s" if run.get("tokens_per_second") else "",
+    )
+    fact("peak memory", "peak_memory_bytes", bytes_text)
+    return facts
+
+
+# ---- what the evaluation found ---------------------------------------------------------------------------------------
+
+
+def _outcome(difference: Mapping[str, Any], higher_is_better: bool) -> str:
+    decided = difference["p"] < SIGNIFICANCE and (difference["low"] > 0 or difference["high"] < 0)
+    if not decided:
+        return "undecided"
+    return "better" if (difference["low"] > 0) == higher_is_better else "worse"
+
+
+def _verdict(evaluation: Mapping[str, Any] | None, *, headline: Headline | None, name: str) -> dict[str, Any]:
+    """The word, the sentence, and how the same two systems compare on the other metrics."""
+    if evaluation is None:
+        sentence = f"Not evaluated. `tunesmith evaluate {name}` compares it with its base."
+        return {"word": "unknown", "sentence": sentence, "others": []}
+    others = [
+        {"metric": metric, "outcome": _outcome(entry["differences"][headline.pair], entry["higher_is_better"])}
+        for metric, entry in evaluation["metrics"].items()
+        if headline and metric != headline.metric and headline.pair in entry["differences"]
+    ]
+    return {"word": evaluation["verdict"], "sentence": evaluation["sentence"], "others": others}
+
+
+def _scores(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics as rows, systems as columns: value and interval as texts."""
+    rows = []
+    for name, entry in evaluation["metrics"].items():
+        widths = [score["high"] - score["low"] for score in entry["systems"].values()]
+        places = max((decimals(width) for width in widths if width > 0), default=2)
+        cells = {
+            system: {
+                "value": f"{score['value']:.{places}f}",
+                "interval": f"{score['low']:.{places}f} to {score['high']:.{places}f}",
+            }
+            for system, score in entry["systems"].items()
+        }
+        direction = "higher" if entry["higher_is_better"] else "lower"
+        description = METRICS[name].description if name in METRICS else ""
+        rows.append({"metric": name, "cells": cells, "direction": direction, "description": description})
+    return {"systems": evaluation["systems"], "rows": rows, "num_rows": evaluation["rows"]}
+
+
+def _signed(value: float, places: int) -> str:
+    return f"{value:+.{places}f}".replace("-", "−")
+
+
+INTERVAL_PLOT = {"width": 220, "height": 28}
+
+
+def _differences(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The differences, grouped by pair of systems, each with the coordinates of its interval; better is to the right.
+
+    Scores with bounds share one scale, as shares of their range; a score without bounds has its own.
+    """
+    drawn = []
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, metric in evaluation["metrics"].items():
+        bounds = METRICS[name].aggregate.bounds if name in METRICS else None
+        unit = (bounds[1] - bounds[0] if bounds else 1.0) * (1 if metric["higher_is_better"] else -1)
+        for pair, found in metric["differences"].items():
+            places = decimals(found["high"] - found["low"])
+            smallest = found["detectable"]
+            row: dict[str, Any] = {
+                "metric": name,
+                "outcome": _outcome(found, metric["higher_is_better"]),
+                "value": _signed(found["value"], places),
+                "interval": f"{_signed(found['low'], places)} to {_signed(found['high'], places)}",
+                "p": p_text(found["p"]),
+                "better_rows": found["better_rows"],
+                "worse_rows": found["worse_rows"],
+                "detectable": f"{smallest:.{decimals(smallest)}f}" if smallest else "–",
+            }
+            ends = sorted((found["low"] / unit, found["high"] / unit))
+            drawn.append((row, bounds is not None, ends[0], found["value"] / unit, ends[1]))
+            groups.setdefault(pair.replace(" - ", " − "), []).append(row)
+    bounded = [(low, high) for _, is_bounded, low, _, high in drawn if is_bounded] or [(-1.0, 1.0)]
+    left, right = max(-low for low, _ in bounded), max(high for _, high in bounded)
+    left, right = max(left, 0.2 * right, 1e-9), max(right, 0.2 * left, 1e-9)  # zero stands at one place in all rows
+    for row, is_bounded, low, middle, high in drawn:
+        zoom = 1.06 * (1.0 if is_bounded else max(-low / left, high / right) or 1.0)
+        scale = Scale(-zoom * left, zoom * right, start=0, end=INTERVAL_PLOT["width"])
+        row["plot"] = {"low": scale(low), "middle": scale(middle), "high": scale(high), "zero": scale(0)}
+        row["plot"].update(INTERVAL_PLOT)
+    return {
+        "groups": groups,
+        "tests": sorted({d["test"] for m in evaluation["metrics"].values() for d in m["differences"].values()}),
+    }
+
+
+# ---- data and settings -----------------------------------------------------------------------------------------------
+
+
+def _ledger(document: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """States with their share of the rows, and the first rows that were not simply trained or held out."""
+    if document is None:
+        return None
+    rows = document["rows"]
+    states = []
+    for state, count in document["states"].items():
+        reasons = [
+            f"{count:,} {reason.replace('_', ' ')}" for reason, count in document["reasons"].get(state, {}).items()
+        ]
+        if state == "truncated" and document["tokens_cut"]:
+            reasons.append(f"{document['tokens_cut']:,} tokens cut")
+        name = state.replace("held_out_", "held out for ").replace("_", " ")
+        states.append(
+            {"name": name, "count": count, "share": 100 * count / rows if rows else 0.0, "reasons": ", ".join(reasons)}
+        )
+    shown = document["details"][:MAX_LEDGER_DETAILS]
+    details = []
+    for detail in shown:
+        other = detail.get("other")
+        notes = [detail.get("reason", "").replace("_", " "), f"of {other['file']}:{other['line']}" if other else ""]
+        if detail.get("tokens_cut"):
+            notes.append(f"{detail['tokens_cut']:,} tokens cut")
+        place = f"{detail['file']}:{detail['line']}"
+        details.append({"place": place, "state": detail["state"], "note": " ".join(filter(None, notes))})
+    left_out = document["details_left_out"] + len(document["details"]) - len(shown)
+    return {"rows": rows, "states": states, "details": details, "left_out": left_out}
+
+
+def _flatten(value: Any, *, name: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names and values of a nested document."""
+    if isinstance(value, Mapping) and value:
+        for key, child in value.items():
+            yield from _flatten(child, name=f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,45 @@
+"""The `evaluate` section of a recipe."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from tunesmith.evaluate.metrics import METRICS
+
+
+class EvaluateSettings(BaseModel):
+    """How base and tuned are compared. The first metric that is generated decides the verdict."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metrics: tuple[str, ...] | None = Field(
+        default=None, description="which metrics; by default what fits the answers (see docs/evaluation.md)"
+    )
+    against: tuple[Literal["base", "few_shot"], ...] = Field(
+        default=("base", "few_shot"), description="the systems that the tuned model is compared with"
+    )
+    few_shot: int = Field(default=4, ge=1, le=64, description="training examples in the prompt of `few_shot`")
+    rows: int | None = Field(default=None, ge=1, description="evaluate this many held-out rows at most; all by default")
+    max_tokens: int = Field(default=256, ge=1, description="longest generated answer in tokens")
+    batch_rows: int = Field(default=64, ge=1, description="answers generated at a time; bounds memory, not the result")
+    seed: int = Field(default=0, ge=0, description="of the choice of rows and few-shot examples, and of the bootstrap")
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, metrics: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in metrics or ():
+            if name not in METRICS:
+                import difflib
+
+                near = difflib.get_close_matches(name, METRICS, n=1)
+                raise ValueError(
+                    f"there is no metric '{name}'"
+                    + (f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(METRICS)}")
+                )
+        return metrics
+
+    @model_validator(mode="after")
+    def _no_idle_setting(self) -> "EvaluateSettings":
+        if "few_shot" in self.model_fields_set and "few_shot" not in self.against:
+            raise ValueError("few_shot has no effect because `against` does not name few_shot")
+        return self

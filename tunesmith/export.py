@@ -1,0 +1,84 @@
+"""Taking a tuned model away. Nothing is called done before the written files were loaded and gave the same logits."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.data.contract import FILE as CONTRACT
+from tunesmith.data.template import ChatTemplate
+from tunesmith.errors import StorageError
+from tunesmith.methods import Method
+from tunesmith.models.load import Model, load_model
+from tunesmith.storage import new_folder
+
+TOLERANCE = 1e-4  # of float32 logits, relative to their largest
+
+
+def _probe_ids(contract: dict[str, Any]) -> list[list[int]]:
+    return [s["ids"] for probe in contract["probes"] for s in probe["sequences"]]
+
+
+def _logits(model: Model, contract: dict[str, Any]) -> list[torch.Tensor]:
+    """Next-token logits at the end of every probe."""
+    from tunesmith.data.pack import build_pack
+    from tunesmith.data.types import Sequence
+    from tunesmith.models.readout import head_logits
+
+    import numpy as np
+
+    found = []
+    with torch.no_grad():
+        for ids in _probe_ids(contract):
+            pack = build_pack([Sequence(np.array(ids, np.int32), np.zeros(len(ids), np.float32))])
+            hidden_TD = model.hidden(model.attention(pack))
+            found.append(head_logits(hidden_TD[-1:], head=model.head, softcap=model.softcap))
+    return found
+
+
+def _compare(expected: list[torch.Tensor], found: list[torch.Tensor], *, out: Path) -> None:
+    for number, (a, b) in enumerate(zip(expected, found, strict=True), start=1):
+        worst = float((a - b).abs().max() / a.abs().max())
+        if not worst <= TOLERANCE:
+            raise StorageError(
+                f"the exported model is not the tuned one: probe {number}'s logits differ by {worst:.1e} of their size",
+                file=out,
+                hint="keep the run; report this as a bug",
+            )
+
+
+def export_merged(
+    model: Model, *, method: Method, template: ChatTemplate, contract: dict[str, Any], out: Path
+) -> None:
+    """A plain transformers model: the adapter folded into the weights it was trained against."""
+    expected = _logits(model, contract)
+    method.merge(model)
+    with new_folder(out) as new:
+        model.save(new)
+        _write_extras(new, template=template, contract=contract)
+        _compare(expected, _logits(load_model(str(new)), contract), out=out)
+
+
+def export_peft(
+    model: Model, *, method: Method, template: ChatTemplate, contract: dict[str, Any], out: Path
+) -> None:
+    """The adapter in PEFT's format, with the tokenizer and chat template it was trained with."""
+    expected = _logits(model, contract)
+    with new_folder(out) as new:
+        method.save(model, folder=new)
+        model.save_tokenizer(new)
+        _write_extras(new, template=template, contract=contract)
+        again = load_model(model.name)
+        copy.deepcopy(method).load(again, folder=new)
+        _compare(expected, _logits(again, contract), out=out)
+
+
+def _write_extras(folder: Path, *, template: ChatTemplate, contract: dict[str, Any]) -> None:
+    """The token contract, and the stop tokens as generation_config.json has them."""
+    (folder / CONTRACT).write_text(json.dumps(contract, indent=1, ensure_ascii=False), "utf-8")
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    config["eos_token_id"] = template.stop_ids()
+    path.write_text(json.dumps(config, indent=1), "utf-8")

@@ -1,0 +1,163 @@
+"""`tunesmith init`: a commented recipe that fits the data."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tunesmith.data.formats import detect_form, examine, label_mapping
+from tunesmith.data.ledger import Problem
+from tunesmith.data.settings import DataSettings
+from tunesmith.data.sources import read_rows
+from tunesmith.data.types import Example
+from tunesmith.errors import DataError, StorageError
+from tunesmith.storage import write_text
+
+SAMPLE_ROWS = 2_000
+LABEL_CHARACTERS = 40
+
+RECIPE = """\
+# A recipe: everything that decides a run. Every setting has a vetted default; docs/recipe.md lists them all.
+# Check the rows first:   tunesmith data check {shown}
+# Train:                  tunesmith train {out}
+# Compare with the base:  tunesmith evaluate {name}
+
+name: {name}
+base: {base}              # 'starter' is built in (small, English); or a local folder, or a hub name owner/model
+
+data:
+  train: {train}
+  validation: 0.1            # this share of the rows chooses the best step and is never trained on
+  # test: FILE               # rows that only the evaluation sees; without it the validation rows are used
+{mapping}{limits}
+objective: {objective}
+method:
+  kind: lora                 # or full: every parameter moves
+  rank: 16
+
+train:
+  epochs: {epochs}
+  learning_rate: {learning_rate}
+  batch_rows: {batch_rows}              # rows an optimiser step; memory is bounded by micro_batch_tokens instead
+  patience: 3                # stop after this many validations without a new best
+
+evaluate:
+{evaluate}"""
+
+
+def write_recipe(source: Path | None, *, out: Path, base: str = "starter") -> dict[str, Any]:
+    """Look at the first rows of `source` and write a recipe for them; an existing file is never replaced.
+
+    Returns {"recipe", "form", "rows", "why"}. Raises DataError where no row can be used, StorageError where `out` exists.
+    """
+    if out.exists():
+        raise StorageError("the file exists already", file=out, hint="choose another name with --out")
+    found = _look(source) if source is not None else _Found(form="chat", rows=0)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", (source.name if source else out.name).split(".")[0]).strip("-._") or "run"
+    train = _relative(source, out=out) if source else "FILE.jsonl"
+    epochs = 3 if found.rows >= 1_500 else 6 if found.rows >= 300 else 10
+    text = RECIPE.format(
+        shown=source or "FILE.jsonl",
+        out=out,
+        name=name,
+        base=base,
+        train=json.dumps(train, ensure_ascii=False) if not re.fullmatch(r"[\w./~-]+", train) else train,
+        mapping=found.mapping_lines,
+        limits=found.bad_lines,
+        objective="causal" if found.form == "text" else "instruction",
+        epochs=1 if found.form == "text" else epochs,
+        learning_rate="2e-3" if base == "starter" else "2e-4",
+        batch_rows=16,
+        evaluate=found.evaluate_lines,
+    )
+    write_text(out, text=text)
+    return {"recipe": str(out), "form": found.form, "rows": found.rows, "why": found.why}
+
+
+class _Found:
+    """What the first rows of a file look like."""
+
+    def __init__(self, *, form: str, rows: int):
+        self.form, self.rows, self.num_bad = form, rows, 0
+        self.mapping: dict[str, str] = {}
+        self.answers: list[str] = []
+
+    @property
+    def mapping_lines(self) -> str:
+        if not self.mapping:
+            return ""
+        lines = [f"    {key}: {column}" for key, column in self.mapping.items()]
+        return "\n".join(["  mapping:                   # which column is what", *lines, ""])
+
+    @property
+    def bad_lines(self) -> str:
+        if not self.num_bad:
+            return "  # too_long: refuse         # or truncate, drop: what to do with rows over the context length\n"
+        return f"  bad_rows: drop             # {self.num_bad} of the first rows cannot be used; data check names them\n"
+
+    @property
+    def kind(self) -> str:
+        """`text`, `json`, `label` or `prose`."""
+        if self.form == "text":
+            return "text"
+        if self.answers and all(a.lstrip().startswith(("{", "[")) for a in self.answers):
+            return "json"
+        short = sum(map(len, self.answers)) / max(1, len(self.answers)) <= LABEL_CHARACTERS
+        return "label" if short else "prose"
+
+    @property
+    def evaluate_lines(self) -> str:
+        names = {
+            "text": "[bits_per_byte, perplexity]",
+            "json": "[exact_match, json_fields, json_valid, perplexity]",
+            "label": "[exact_match, token_f1, perplexity]",
+            "prose": "[chrf, bleu, rouge_l, token_f1, perplexity]",
+        }[self.kind]
+        lines = [f"  metrics: {names}   # the first decides the verdict"]
+        if self.kind != "text":
+            longest = max((len(a) for a in self.answers), default=200)
+            lines.append(f"  max_tokens: {max(32, min(512, longest))}            # longest answer when evaluating")
+        return "\n".join(lines) + "\n"
+
+    @property
+    def why(self) -> str:
+        if not self.rows:
+            return "name your file under data.train"
+        answers = {"text": "plain text", "json": "answers in JSON", "label": "short answers", "prose": "answers in prose"}
+        bad = f", {self.num_bad} of them unusable" if self.num_bad else ""
+        more = "the first " if self.rows >= SAMPLE_ROWS else ""
+        return f"{more}{self.rows:,} rows of the form {self.form} ({answers[self.kind]}){bad}"
+
+
+def _look(source: Path) -> _Found:
+    problems: list[Problem] = []
+    rows = list(itertools.islice(read_rows(source, on_bad=problems.append), SAMPLE_ROWS))
+    if not rows:
+        message = problems[0].message if problems else "there are no rows in it"
+        raise DataError(message, file=source, hint="tunesmith data check FILE says what is wrong")
+    forms = [detect_form(row.value) for row in rows]
+    form = max(set(forms), key=forms.count)
+    found = _Found(form=form, rows=len(rows))
+    settings = DataSettings(train=str(source))
+    if form == "labelled":
+        found.form = "prompt_completion"
+        labelled = next(row.value for row, kind in zip(rows, forms, strict=True) if kind == form)
+        found.mapping = label_mapping(labelled)
+        settings = DataSettings(train=str(source), mapping=found.mapping)
+    read = [examine(row, settings=settings) for row in rows]
+    examples = [r for r in read if isinstance(r, Example)]
+    if not examples:
+        first = next(r for r in read if isinstance(r, Problem))
+        raise first.as_error()
+    found.num_bad = len(read) - len(examples) + sum(p.severity == "error" for p in problems)
+    found.answers = [e.messages[-1].content for e in examples if e.messages]
+    return found
+
+
+def _relative(source: Path, *, out: Path) -> str:
+    """The file as the recipe, which lies at `out`, has to name it."""
+    try:
+        return str(source.absolute().relative_to(out.absolute().parent))
+    except ValueError:
+        return str(source.absolute())

@@ -1,0 +1,46 @@
+"""Full fine-tuning: every parameter moves.
+
+    theta <- theta - lr * AdamW(d loss / d theta)        for all theta of the base
+
+The strongest and the most expensive method, and the one that forgets most. The result is a whole model.
+"""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from safetensors.torch import load_file
+
+from tunesmith.errors import ModelError
+from tunesmith.methods.base import Method, freeze
+from tunesmith.models.load import Model
+
+
+class Full(Method):
+    """Every parameter moves."""
+
+    kind: Literal["full"] = "full"
+    summary: ClassVar[str] = "every parameter moves"
+    learning_rate: ClassVar[float] = 5e-5
+
+    def apply(self, model: Model, *, seed: int) -> None:
+        """Mark every parameter."""
+        for parameter in model.causal.parameters():
+            parameter.requires_grad_(True)
+
+    def merge(self, model: Model) -> None:
+        """Nothing was inserted."""
+
+    def save(self, model: Model, *, folder: Path) -> None:
+        """The whole model in the transformers layout."""
+        model.save(folder)
+
+    def load(self, model: Model, *, folder: Path) -> None:
+        """Replace the base's weights by those in `folder`."""
+        weights = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            weights |= load_file(str(path))
+        missing, unexpected = model.causal.load_state_dict(weights, strict=False)
+        tied = {name for name in missing if name.endswith("lm_head.weight")}
+        if unexpected or set(missing) - tied:
+            raise ModelError("the saved weights do not fit the base", file=folder, hint="use the run's own base")
+        freeze(model)

@@ -1,0 +1,195 @@
+"""LoRA: a low-rank update beside frozen weights (Hu et al. 2021, eq. 3).
+
+    h = W0 x + s B A x,      A [r, in] random, B [out, r] zero at the start,      s = alpha / r
+
+With `rank_stabilised`, s = alpha / sqrt(r) (Kalajdzievski 2023, eq. 3), which keeps the update's size as r grows. Saved
+in PEFT's format, so other servers load it. Ours adapts all linear layers but the vocabulary head unless told otherwise
+("LoRA Without Regret", Schulman et al. 2025; QLoRA, Dettmers et al. 2023, section 4).
+
+Shapes: D_in, D_out of a layer; r the rank.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tunesmith.errors import ModelError, RecipeError
+from tunesmith.methods.base import Method, freeze, save_tensors
+from tunesmith.models.load import Model
+
+PREFIX = "base_model.model."  # how PEFT names the base inside an adapter
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with a low-rank update beside it."""
+
+    def __init__(self, base: nn.Module, *, rank: int, scaling: float, dropout: float, generator: torch.Generator):
+        super().__init__()
+        transposed = isinstance(base, Conv1D)
+        rows, columns = base.weight.shape
+        num_out, num_in = (columns, rows) if transposed else (rows, columns)
+        self.base, self.transposed, self.scaling, self.enabled = base, transposed, scaling, True
+        bound = 1 / math.sqrt(num_in)  # kaiming_uniform(a=sqrt(5)), as the paper's code and PEFT have it
+        start = torch.empty(rank, num_in).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(start.to(base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(num_out, rank, device=base.weight.device))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """W0 x + s B A dropout(x)."""
+        out = self.base(x)
+        if not self.enabled:
+            return out
+        update = nn.functional.linear(nn.functional.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        return out + (self.scaling * update).to(out.dtype)
+
+    def delta(self) -> Tensor:
+        """The update in the base weight's own layout, float32 or wider."""
+        delta = self.scaling * (self.lora_B @ self.lora_A)
+        return delta.T if self.transposed else delta
+
+
+class Lora(Method):
+    """A low-rank update beside frozen weights."""
+
+    kind: Literal["lora"] = "lora"
+    summary: ClassVar[str] = "a low-rank update beside frozen weights"
+    learning_rate: ClassVar[float] = 5e-4
+    rank: int = Field(default=16, ge=1, description="r, the rank of the update")
+    alpha: float | None = Field(default=None, gt=0, description="the update is scaled by alpha / rank; 2 * rank by default")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the update's input while training")
+    rank_stabilised: bool = Field(default=False, description="scale by alpha / sqrt(rank)")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        default="all-linear", description="names of the layers to adapt, such as q_proj; all but the head by default"
+    )
+
+    @property
+    def scaling(self) -> float:
+        """s in the formula."""
+        alpha = 2 * self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    def apply(self, model: Model, *, seed: int) -> None:
+        """Put an update beside every target layer; only updates are trained."""
+        freeze(model)
+        generator = torch.Generator().manual_seed(seed)
+        for name in self._target_names(model):
+            layer = model.causal.get_submodule(name)
+            lora = LoraLinear(
+                layer, rank=self.rank, scaling=self.scaling, dropout=self.dropout, generator=generator
+            )
+            _replace(model.causal, name, lora)
+
+    def _target_names(self, model: Model) -> list[str]:
+        layers = {n: m for n, m in model.causal.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+        inner = {n: m for n, m in layers.items() if m is not model.head}
+        if self.targets == "all-linear":
+            return sorted(inner)
+        unknown = [t for t in self.targets if not any(n == t or n.endswith("." + t) for n in inner)]
+        if unknown:
+            known = ", ".join(sorted({n.rpartition(".")[2] for n in inner}))
+            raise RecipeError(
+                f"method.targets: no layer is called {unknown[0]!r}; this base has {known}", hint="name some of these"
+            )
+        return sorted(n for n in inner if any(n == t or n.endswith("." + t) for t in self.targets))
+
+    @contextlib.contextmanager
+    def disabled(self, model: Model) -> Iterator[None]:
+        """The base, as it was."""
+        layers = [m for m in model.causal.modules() if isinstance(m, LoraLinear)]
+        for layer in layers:
+            layer.enabled = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enabled = True
+
+    def merge(self, model: Model) -> None:
+        """W0 + s B A, summed in float32 and stored in the base's dtype."""
+        with torch.no_grad():
+            for name, layer in _lora_layers(model):
+                weight = layer.base.weight
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                weight.copy_((weight.to(wide) + layer.delta().to(wide)).to(weight.dtype))
+                _replace(model.causal, name, layer.base)
+
+    def save(self, model: Model, *, folder: Path) -> None:
+        """PEFT's two files: adapter_config.json and adapter_model.safetensors."""
+        tensors: dict[str, Tensor] = {}
+        layers = _lora_layers(model)
+        for name, layer in layers:
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        save_tensors(tensors, path=folder / "adapter_model.safetensors")
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": model.name,
+            "r": self.rank,
+            "lora_alpha": 2 * self.rank if self.alpha is None else self.alpha,
+            "use_rslora": self.rank_stabilised,
+            "lora_dropout": self.dropout,
+            "bias": "none",
+            "fan_in_fan_out": any(layer.transposed for _, layer in layers),
+            "target_modules": sorted({name for name, _ in layers}),
+            "inference_mode": True,
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+
+    def load(self, model: Model, *, folder: Path) -> None:
+        """Read an adapter written here or by PEFT."""
+        try:
+            tensors = load_file(str(folder / "adapter_model.safetensors"))
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"the adapter cannot be read: {error}", file=folder, hint="restore its files") from error
+        self.apply(model, seed=0)
+        expected = {f"{PREFIX}{name}.lora_{half}.weight" for name, _ in _lora_layers(model) for half in "AB"}
+        if expected != set(tensors):
+            odd = sorted(expected ^ set(tensors))[0]
+            raise ModelError(f"the adapter does not fit this base: {odd}", file=folder, hint="use the base it was made for")
+        with torch.no_grad():
+            for name, layer in _lora_layers(model):
+                layer.lora_A.copy_(tensors[f"{PREFIX}{name}.lora_A.weight"])
+                layer.lora_B.copy_(tensors[f"{PREFIX}{name}.lora_B.weight"])
+        freeze(model)
+
+
+def from_peft(folder: Path) -> Lora:
+    """The method that PEFT's adapter_config.json describes; ModelError for what is not plain LoRA."""
+    path = folder / "adapter_config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"adapter_config.json cannot be read: {error}", file=path, hint="restore the file") from error
+    odd = [k for k in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform") if config.get(k)]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or odd:
+        what = odd[0] if odd else f"{config.get('peft_type')} with bias {config.get('bias')!r}"
+        raise ModelError(f"this adapter uses {what}, which is not plain LoRA", file=path, hint="load it with PEFT and merge it")
+    targets = config.get("target_modules")
+    return Lora(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0),
+        rank_stabilised=config.get("use_rslora", False),
+        targets="all-linear" if targets == "all-linear" else tuple(sorted(targets)),
+    )
+
+
+def _lora_layers(model: Model) -> list[tuple[str, LoraLinear]]:
+    return sorted((n, m) for n, m in model.causal.named_modules() if isinstance(m, LoraLinear))
+
+
+def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)

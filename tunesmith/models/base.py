@@ -1,0 +1,114 @@
+"""Which base models there are and which are refused, without loading one (and without torch).
+
+No code comes from data: a folder's `config.json` is read as JSON, and a configuration that asks for code of its own
+(`auto_map`) or a model type that is not on the list below is refused before transformers sees it.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tunesmith.errors import ModelError, NotFoundError
+from tunesmith.storage import sha256_file
+
+STARTER = Path(__file__).resolve().parent.parent / "starter" / "model"
+
+# Model types whose layers mix tokens by attention alone and call the attention interface with what the rule needs.
+SUPPORTED = {
+    "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "phi3", "smollm3",
+}  # fmt: skip
+
+class NewBase(BaseModel):
+    """A model made from a configuration, with random weights: the start of pre-training."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    config: str = Field(description="path of a config.json")
+    tokenizer: str = Field(description="folder with tokenizer.json and tokenizer_config.json")
+    seed: int = Field(default=0, description="seed of the initial weights")
+
+
+def resolve_base(name: str) -> Path:
+    """The local folder of a base: `starter`, a folder, or a hub name (downloaded into the hub's own cache)."""
+    if name == "starter":
+        return STARTER
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError("a base must be a folder or a hub name, and this is a file", file=path, hint="name its folder")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise NotFoundError(f"no base model at '{name}'", hint="use 'starter', a folder, or a hub name owner/model")
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
+    patterns += ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise NotFoundError(f"'{name}' is no valid hub name: {error}", hint="use owner/model") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise NotFoundError(
+            f"the model hub does not give '{name}': {str(error).splitlines()[0]}",
+            hint="check the name and the connection, or download the model elsewhere and give its folder as base",
+        ) from error
+
+
+def check_config(config: dict[str, Any], *, file: Path) -> None:
+    """Refuse configurations that carry code or that no rule here covers; raises ModelError."""
+    if "auto_map" in config:
+        raise ModelError(
+            "config.json carries 'auto_map': it asks for code from the model's folder, which is never run",
+            file=file,
+            hint="use a model that transformers supports itself",
+        )
+    kind = config.get("model_type")
+    if kind not in SUPPORTED:
+        raise ModelError(
+            f"model type {kind!r} is not supported; supported are {', '.join(sorted(SUPPORTED))}",
+            file=file,
+            hint="choose another base",
+        )
+    if config.get("quantization_config"):
+        raise ModelError("the weights are quantised already", file=file, hint="use the unquantised model as base")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ModelError("no config.json here, so this is no model", file=path.parent, hint="name a model's folder")
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ModelError(f"config.json cannot be read: {error}", file=path, hint="restore the file") from error
+    if not isinstance(config, dict):
+        raise ModelError("config.json holds no object", file=path, hint="restore the file")
+    check_config(config, file=path)
+    return config
+
+
+def context_tokens(folder: Path) -> int:
+    """The longest sequence the model was made for; ModelError where the folder holds no usable model."""
+    return context_of(read_config(folder / "config.json"))
+
+
+def context_of(config: dict[str, Any]) -> int:
+    """The longest sequence that a configuration names."""
+    limits = (config.get("max_position_embeddings"), config.get("n_positions"))
+    return next((int(limit) for limit in limits if limit), 1 << 30)
+
+
+def digest_folder(folder: Path) -> str:
+    """SHA-256 over the names and bytes of a model's files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".json", ".jinja"):
+            digest.update(f"{path.name} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()

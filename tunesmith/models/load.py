@@ -1,0 +1,167 @@
+"""Load a base model safely, or make a new one from a configuration.
+
+What is refused is in `models/base.py`; weights are read from safetensors alone, and `trust_remote_code` is never on.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.data.pack import Pack
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.errors import ModelError
+from tunesmith.models.base import NewBase, context_of, digest_folder, read_config, resolve_base
+
+DROPOUTS = (
+    "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "resid_dropout", "summary_first_dropout",
+)  # fmt: skip
+
+
+@dataclass
+class Model:
+    """A causal language model whose attention follows the one visibility rule.
+
+    `causal` is the transformers model, `folder` where it came from (None for a new one), `digest` the SHA-256 of all
+    its bytes, `context_tokens` the longest sequence it was made for.
+    """
+
+    causal: Any
+    tokenizer: Tokenizer
+    name: str
+    folder: Path | None
+    digest: str
+    context_tokens: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.causal.parameters()).device
+
+    @property
+    def head(self) -> torch.nn.Linear:
+        """The vocabulary projection."""
+        return self.causal.get_output_embeddings()
+
+    @cached_property
+    def softcap(self) -> float | None:
+        """Soft cap on the final logits (Gemma 2), None where there is none."""
+        return self.causal.config.to_dict().get("final_logit_softcapping")
+
+    @property
+    def layers(self) -> list[torch.nn.Module]:
+        """The blocks, first to last."""
+        blocks = max(
+            (m for m in self.causal.base_model.children() if isinstance(m, torch.nn.ModuleList)), key=len, default=[]
+        )
+        return list(blocks)
+
+    def hidden(self, attention: Any) -> Tensor:
+        """Hidden states [T, D] before the vocabulary head.
+
+        `attention` carries `input_ids` and `position_ids` [1, T] and computes attention (models/attention.py).
+        """
+        out = self.causal.base_model(
+            input_ids=attention.input_ids, position_ids=attention.position_ids, pack=attention, use_cache=False
+        )
+        return out.last_hidden_state[0]
+
+    def attention(self, pack: Pack) -> Any:
+        """The rule for one pack on this model's device."""
+        from tunesmith.models.attention import PackAttention
+
+        return PackAttention(pack, device=self.device)
+
+    def num_parameters(self) -> int:
+        """Parameters in all, tied ones once."""
+        return sum(p.numel() for p in self.causal.parameters())
+
+    def save(self, folder: Path) -> None:
+        """Write weights, configuration and tokenizer so that plain transformers loads them."""
+        self.causal.save_pretrained(folder, safe_serialization=True)
+        self.save_tokenizer(folder)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer's files."""
+        self.tokenizer.backend.save(str(folder / "tokenizer.json"))
+        config = {k: v for k, v in self.tokenizer.config.items() if k != "chat_template"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), "utf-8")
+        if self.tokenizer.chat_template is not None:
+            (folder / "chat_template.jinja").write_text(self.tokenizer.chat_template, "utf-8")
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """transformers' progress bars and advice do not belong into this program's output."""
+    from transformers.utils import logging as transformers_logging
+
+    level = logging.getLogger("transformers").level
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.getLogger("transformers").setLevel(level)
+
+
+def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Model:
+    """Load `base` (or make it) with all dropout off and the one visibility rule as its attention.
+
+    Raises ModelError for what must not or cannot be loaded, NotFoundError for what is not there.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tunesmith.models import attention
+
+    folder = None if isinstance(base, NewBase) else resolve_base(base)
+    config_path = Path(base.config) if isinstance(base, NewBase) else resolve_base(base) / "config.json"
+    raw = read_config(config_path)
+    tokenizer = Tokenizer.from_folder(Path(base.tokenizer) if isinstance(base, NewBase) else config_path.parent)
+    overrides = {name: 0.0 for name in DROPOUTS if raw.get(name)}
+    with _quiet():
+        if isinstance(base, NewBase):
+            config = AutoConfig.for_model(**raw | overrides)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(base.seed)
+                causal = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
+        else:
+            assert folder is not None
+            if not any(folder.glob("*.safetensors")):
+                raise ModelError(
+                    "no .safetensors weights here", file=folder, hint="convert the weights to safetensors first"
+                )
+            try:
+                causal = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    attn_implementation=attention.NAME,
+                    dtype=dtype,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    local_files_only=True,
+                    **overrides,
+                )
+            except (OSError, ValueError, KeyError, RuntimeError) as error:
+                raise ModelError(f"the model cannot be loaded: {error}", file=folder, hint="restore its files") from error
+    causal.to(device)
+    if len(causal.get_input_embeddings().weight) < tokenizer.num_tokens:
+        raise ModelError(
+            f"the tokenizer has {tokenizer.num_tokens:,} tokens and the model only "
+            f"{len(causal.get_input_embeddings().weight):,}",
+            file=folder,
+            hint="use the tokenizer that belongs to the model",
+        )
+    digest = digest_folder(folder) if folder is not None else _digest_new(base, raw, tokenizer)
+    name = base if isinstance(base, str) else "new"
+    return Model(causal, tokenizer, name, folder, digest, context_of(raw))
+
+
+def _digest_new(base: Any, raw: dict[str, Any], tokenizer: Tokenizer) -> str:
+    content = json.dumps([raw, base.seed, tokenizer.digest], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()

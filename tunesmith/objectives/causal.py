@@ -1,0 +1,57 @@
+"""Continued pre-training on plain text: every token is predicted from what stands before it.
+
+    loss = sum_t -log p(x_t | x_<t)  /  number of tokens predicted              (Bengio et al. 2003, eq. 1)
+
+A text longer than the context becomes windows that overlap by one token, so each of its tokens is a target exactly once
+and none is cut away. Texts never see each other, however they are packed.
+"""
+
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from tunesmith.data.pack import Pack
+from tunesmith.data.template import ChatTemplate
+from tunesmith.data.types import Example, Sequence
+from tunesmith.errors import DataError
+from tunesmith.objectives.base import Loss, Objective, Readout, cross_entropy
+
+
+class Causal(Objective):
+    """Continued pre-training on raw text."""
+
+    kind: Literal["causal"] = "causal"
+    summary: ClassVar[str] = "continued pre-training on raw text"
+
+    def sequences(
+        self, examples: list[Example], *, template: ChatTemplate, max_tokens: int
+    ) -> list[list[Sequence]]:
+        """Windows of at most `max_tokens` tokens: begin-of-text, the text, end-of-text."""
+        for example in examples:
+            if example.text is None:
+                raise DataError(
+                    f"objective 'causal' trains on plain text and this row is of the form '{example.form}'",
+                    file=example.origin.file,
+                    line=example.origin.line,
+                    hint="use objective: instruction, or map a column to text with data.mapping: {text: COLUMN}",
+                )
+        tokenizer = template.tokenizer
+        result = []
+        for ids in tokenizer.encode_text([example.text or "" for example in examples]):
+            tokens_T = np.array([*tokenizer.begin_ids, *ids, tokenizer.eos_id], dtype=np.int32)
+            windows = []
+            for start in range(0, max(1, len(tokens_T) - 1), max_tokens - 1):
+                window_T = tokens_T[start : start + max_tokens]
+                weight_T = np.ones(len(window_T), dtype=np.float32)
+                weight_T[0] = 0
+                windows.append(Sequence(window_T, weight_T))
+            result.append(windows)
+        return result
+
+    def units(self, sequences: list[Sequence]) -> list[list[Sequence]]:
+        """Each window is a row of its own, so a long text does not fill a whole step."""
+        return [[sequence] for sequence in sequences]
+
+    def loss(self, readout: Readout, pack: Pack) -> Loss:
+        """Negative log-likelihood."""
+        return cross_entropy(readout, pack, count=self.count(pack))

@@ -1,0 +1,77 @@
+"""Optimisers, and the learning rate as a function of the step."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tunesmith.train.settings import TrainSettings
+
+
+def learning_rate(step: int, *, peak: float, num_steps: int, settings: TrainSettings) -> float:
+    """Learning rate of optimiser step `step` (from 0): linear warm-up, then the schedule down to zero.
+
+    cosine: peak (1 + cos(pi t)) / 2 with t from 0 to 1 (Loshchilov and Hutter 2016, eq. 5); linear: peak (1 - t).
+    """
+    warmup = settings.warmup if settings.warmup >= 1 else settings.warmup * num_steps
+    warmup = min(math.ceil(warmup), max(0, num_steps - 1))
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    t = (step - warmup) / max(1, num_steps - warmup)
+    return peak * {"cosine": 0.5 * (1 + math.cos(math.pi * t)), "linear": 1 - t, "constant": 1.0}[settings.schedule]
+
+
+class Optimiser:
+    """AdamW (fused), or Muon for matrices and AdamW for the rest; state as named tensors.
+
+    AdamW: Loshchilov and Hutter 2017, algorithm 2. Muon: Jordan et al. 2024, with the update's size matched to AdamW's
+    (Liu et al. 2025, eq. 4) so that one learning rate serves both. Embeddings and the head are not matrices in its sense.
+    """
+
+    def __init__(self, parameters: dict[str, Tensor], *, settings: TrainSettings, not_matrices: set[Tensor]):
+        self.parameters = parameters
+        matrices = [p for p in parameters.values() if p.ndim == 2 and p not in not_matrices]
+        muon = matrices if settings.optimiser == "muon" else []
+        chosen = {id(p) for p in muon}
+        rest = [p for p in parameters.values() if id(p) not in chosen]
+        self.optimisers: list[torch.optim.Optimizer] = []
+        if rest:
+            groups = [
+                {"params": [p for p in rest if p.ndim >= 2], "weight_decay": settings.weight_decay},
+                {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+            ]
+            self.optimisers.append(torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.99), fused=True))
+        if muon:
+            self.optimisers.append(
+                torch.optim.Muon(muon, lr=0.0, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
+            )
+
+    def step(self, *, learning_rate: float) -> None:
+        """One update with this learning rate."""
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate
+            optimiser.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """All state by `<parameter name>/<state name>`."""
+        found = {}
+        for optimiser in self.optimisers:
+            for name, parameter in self.parameters.items():
+                for key, value in optimiser.state.get(parameter, {}).items():
+                    found[f"{name}/{key}"] = value
+        return found
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+        owner = {id(p): o for o in self.optimisers for g in o.param_groups for p in g["params"]}
+        for full_name, value in tensors.items():
+            name, _, key = full_name.rpartition("/")
+            parameter = self.parameters[name]
+            keep_on_cpu = key == "step" and not value.device.type == "cuda"
+            owner[id(parameter)].state[parameter][key] = value.clone() if keep_on_cpu else value.to(parameter.device).clone()
