@@ -5,7 +5,7 @@ Everything is made on the fly in a temporary folder, so no test needs a network 
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tunesmith.data.pack import Pack, build_pack
 from tunesmith.data.tokenizer import Tokenizer
@@ -110,6 +111,23 @@ def toy_tokenizer_folder(make_tokenizer_folder: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def toy_tokenizer(toy_tokenizer_folder: Path) -> Tokenizer:
     return Tokenizer.from_folder(toy_tokenizer_folder)
+
+
+class _NoNarrowing(TorchDispatchMode):
+    """float64 stays float64, where transformers' norms and softmaxes would round to float32."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
+            kwargs["dtype"] = torch.float64 if kwargs.get("dtype") == torch.float32 else kwargs.get("dtype")
+        return function(*args, **kwargs)
+
+
+@pytest.fixture
+def exact() -> Iterator[None]:
+    """Inside the test, float64 models compute in float64 throughout."""
+    with _NoNarrowing():
+        yield
 
 
 BuildModel = Callable[..., Model]
@@ -225,3 +243,30 @@ def token_store() -> Callable[..., TokenStore]:
         return TokenStore(folder)
 
     return build
+
+
+class Heard:
+    """An observer that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.starts: list[tuple[int, int]] = []
+        self.steps: list[dict[str, Any]] = []
+        self.validations: list[dict[str, Any]] = []
+        self.messages: list[str] = []
+
+    def start(self, *, num_steps: int, step: int) -> None:
+        self.starts.append((num_steps, step))
+
+    def step(self, record: dict[str, Any]) -> None:
+        self.steps.append(record)
+
+    def validation(self, record: dict[str, Any]) -> None:
+        self.validations.append(record)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+@pytest.fixture
+def heard() -> Heard:
+    return Heard()

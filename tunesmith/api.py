@@ -31,7 +31,7 @@ from tunesmith.data.types import Example, Message
 from tunesmith.errors import DataError, Interrupted, NotFoundError, RecipeError, StorageError
 from tunesmith.evaluate.report import write_report
 from tunesmith.evaluate.run import Evaluation, System, choose_shots, evaluate_systems
-from tunesmith.evaluate.settings import EvaluateSettings
+from tunesmith.evaluate.settings import RESOLVED, EvaluateSettings
 from tunesmith.generate.runner import Generator
 from tunesmith.generate.sampling import Sampling
 from tunesmith.methods import Method
@@ -47,6 +47,7 @@ from tunesmith.train.loop import Fit, Observer
 from tunesmith.train.observers import Silent, recording
 from tunesmith.train.settings import TrainSettings
 
+STORED_BYTES = 1 << 30  # a data file up to this size is kept in the store, so its exact bytes stay at hand
 PACKAGES = ("tunesmith", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
@@ -74,7 +75,7 @@ class Run:
     @cached_property
     def recipe(self) -> Recipe:
         """The resolved recipe."""
-        return Recipe.model_validate(self.resolved["recipe"])
+        return Recipe.model_validate(self.resolved["recipe"], context=RESOLVED)
 
     @property
     def finished(self) -> bool:
@@ -229,15 +230,17 @@ class _Signals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.fit is None or self.fit.signal_number is not None:
+        if self.fit is None:
             raise Interrupted("stopped before anything was trained", hint="run it again", signal_number=number)
+        if self.fit.signal_number is not None:
+            hint = "the same command with --resume goes on from the last checkpoint"
+            raise Interrupted("stopped at once, without saving", hint=hint, signal_number=number)
         self.fit.signal_number = number
 
 
 def _speed_options(model: Model, settings: TrainSettings) -> None:
     if settings.gradient_checkpointing:
-        model.causal.gradient_checkpointing_enable({"use_reentrant": False})
-        model.causal.enable_input_require_grads()
+        model.checkpoint_activations()
     if settings.compile:
         for layer in model.layers:
             layer.compile(dynamic=True)
@@ -302,6 +305,9 @@ def _record_start(index: Index, folder: Path, recipe: Recipe, *, model: Model, p
         names = value if isinstance(value, list) else [value] if isinstance(value, str) else []
         paths = [path for name in names for _, path in resolve(name)]
         if paths:
+            for path in paths:
+                if path.stat().st_size <= STORED_BYTES:
+                    index.store.put_file(path)
             datasets[role] = index.record_dataset(paths, rows=counts[role], form=recipe.data.form)
     path = Path(recipe.base.config) if isinstance(recipe.base, NewBase) else resolve_base(recipe.base)
     kind = str(model.causal.config.model_type)
@@ -513,14 +519,16 @@ def export(run: Run | Path | str, *, form: str, out: Path, workspace: Workspace 
     """
     from tunesmith.export import export_merged, export_peft
 
-    tuned = load(run, workspace=workspace, device="cpu")
-    if out.exists() and any(out.iterdir()):
-        raise StorageError("the folder is not empty", file=out, hint="give a new folder with --out")
-    if form == "peft" and tuned.method.kind == "full":
-        raise RecipeError("a fully tuned model has no adapter to export", hint="use --format merged")
     writers = {"peft": export_peft, "merged": export_merged}
     if form not in writers:
         raise RecipeError(f"there is no format '{form}'; there are {', '.join(writers)}", hint="use --format merged")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        what = "the folder is not empty" if out.is_dir() else "this is a file"
+        raise StorageError(what, file=out, hint="give a new folder with --out")
+    run = find_run(run, workspace=workspace)
+    if form == "peft" and run.recipe.method.kind == "full":
+        raise RecipeError("a fully tuned model has no adapter to export", hint="use --format merged")
+    tuned = load(run, workspace=workspace, device="cpu")
     contract = json.loads((tuned.run.path / CONTRACT).read_text("utf-8"))
     writers[form](tuned.model, method=tuned.method, template=tuned.template, contract=contract, out=out)
     return out

@@ -56,8 +56,7 @@ def quickstart(workspace: WorkspaceOption = None, as_json: Json = False) -> None
     from tunesmith.texts import evaluation_text
     from tunesmith.train.observers import terminal_progress
 
-    with terminal_progress() as progress:
-        document = run_quickstart(workspace=_workspace(workspace), observer=progress, say=_say)
+    document = run_quickstart(workspace=_workspace(workspace), progress=terminal_progress, say=_say)
     _show(document, as_json=as_json, text=lambda: f"{evaluation_text(document)}\n\nreport: {document['report']}")
 
 
@@ -88,6 +87,8 @@ def data_check(
 
     report = check_data(file, against=against, base=base, recipe=recipe)
     _show(report.as_dict(), as_json=as_json, text=report.as_text)
+    if report.num_errors:
+        raise typer.Exit(3)
 
 
 @data_app.command("prepare")
@@ -265,7 +266,7 @@ def _fail(message: str, hint: str, status: int) -> NoReturn:
 def main() -> None:
     """Run a command and turn every foreseen error into two lines and an exit status."""
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False) or 0)
     except Interrupted as error:
         _say(f"\n{error.message}")
         _say(f"hint: {error.hint}")

@@ -5,12 +5,14 @@ names the line and the nearest valid name.
 """
 
 import difflib
+import os
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tunesmith.data.settings import DataSettings
 from tunesmith.errors import NotFoundError, RecipeError
@@ -20,6 +22,7 @@ from tunesmith.methods.lora import Lora
 from tunesmith.models.base import NewBase
 from tunesmith.objectives import OBJECTIVES, AnyObjective
 from tunesmith.objectives.instruction import Instruction
+from tunesmith.registry.workspace import check_recipe_name
 from tunesmith.train.settings import TrainSettings
 
 
@@ -28,12 +31,21 @@ def _kind(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
+def _name(value: str) -> str:
+    """A name that a run can have."""
+    try:
+        check_recipe_name(value)
+    except RecipeError as error:
+        raise ValueError(error.message) from None
+    return value
+
+
 class Recipe(BaseModel):
     """What a run is: base, data, objective, method, training and evaluation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="the run's name")
+    name: Annotated[str, AfterValidator(_name)] = Field(default="run", description="the run's name")
     base: str | NewBase = Field(default="starter", description="`starter`, a local folder, or a hub name")
     data: DataSettings
     objective: Annotated[AnyObjective, BeforeValidator(_kind)] = Field(default_factory=Instruction)
@@ -118,7 +130,7 @@ def parse_recipe(text: str, *, file: Path, overrides: list[str] | None = None) -
         recipe = Recipe.model_validate(value)
     except ValidationError as error:
         raise _recipe_error(error, value=value, node=node, file=file) from None
-    return _resolved(recipe, folder=file.parent)
+    return _resolved(recipe, folder=file.absolute().parent)
 
 
 def _set(value: dict[str, Any], override: str) -> None:
@@ -135,13 +147,16 @@ def _set(value: dict[str, Any], override: str) -> None:
         value = below
     try:
         value[leaf] = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"--set {name}: {text!r} is no YAML value", hint="quote it") from error
 
 
 def _recipe_error(error: ValidationError, *, value: Any, node: Any, file: Path) -> RecipeError:
     """The first complaint in our words, with its line, and how many more there are."""
-    first = error.errors()[0]
+    found = error.errors()
+    if isinstance(value.get("base"), dict):  # a new base: what is said of it as a text does not help
+        found = [e for e in found if e["loc"][:2] != ("base", "str")] or found
+    first = found[0]
     tags = set(METHODS) | set(OBJECTIVES) | {"str", "NewBase", "float", "int"}
     path = [str(part) for i, part in enumerate(first["loc"]) if not (i == 1 and str(part) in tags)]
     path = [p for i, p in enumerate(path) if not (i > 0 and p in ("str", "float", "list[str]", "NewBase"))]
@@ -151,7 +166,13 @@ def _recipe_error(error: ValidationError, *, value: Any, node: Any, file: Path) 
         message, hint = _unknown(path, value)
     elif first["type"] == "missing":
         message = f"'{name}' is missing"
-    elif first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+    elif first["type"] == "union_tag_not_found":
+        known = METHODS if path[0] == "method" else OBJECTIVES
+        message = f"'{name}.kind' is missing; there are {', '.join(known)}"
+        hint = f"write {name}: {next(iter(known))}, or {name}: {{kind: {next(iter(known))}, ...}}"
+    elif first["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        message = f"{name}: a section with settings of its own is expected here (found {reprlib.repr(first['input'])})"
+    elif first["type"] == "union_tag_invalid":
         known = METHODS if path[0] == "method" else OBJECTIVES
         given = str(first.get("ctx", {}).get("tag", ""))
         message = f"{name}: there is no {path[0]} '{given}'; there are {', '.join(known)}"
@@ -161,8 +182,7 @@ def _recipe_error(error: ValidationError, *, value: Any, node: Any, file: Path) 
         text = first["msg"].removeprefix("Value error, ")
         message = f"{name}: {text}" if name and not text.startswith(name) else text
     else:
-        shown = repr(first["input"])
-        found = f" (found {shown if len(shown) < 60 else shown[:57] + '...'})"
+        found = f" (found {reprlib.repr(first['input'])})"
         message = f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}{found}"
     more = error.error_count() - 1
     if more:
@@ -223,8 +243,9 @@ def _resolved(recipe: Recipe, *, folder: Path) -> Recipe:
     """Relative paths made relative to the recipe's folder; hub names and absolute paths stay."""
 
     def path(name: str) -> str:
-        there = folder / Path(name).expanduser()
-        return str(there) if there.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1 else name
+        there = os.path.join(folder, os.path.expanduser(name))
+        is_path = os.path.exists(there) or name.startswith((".", "/", "~")) or name.count("/") != 1
+        return os.path.normpath(there) if is_path else name
 
     data = recipe.data
     train = path(data.train) if isinstance(data.train, str) else [path(p) for p in data.train]
@@ -236,6 +257,6 @@ def _resolved(recipe: Recipe, *, folder: Path) -> Recipe:
     base: str | NewBase = recipe.base
     if isinstance(base, NewBase):
         base = base.model_copy(update={"config": path(base.config), "tokenizer": path(base.tokenizer)})
-    elif base != "starter" and (folder / Path(base).expanduser()).exists():
+    elif base != "starter" and os.path.exists(os.path.join(folder, os.path.expanduser(base))):
         base = path(base)
     return recipe.model_copy(update={"data": data.model_copy(update=update), "base": base})

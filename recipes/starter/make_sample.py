@@ -19,6 +19,7 @@ import argparse
 import itertools
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 from wording import expand, listed, with_typo
@@ -27,6 +28,7 @@ SYSTEM = "Triage the ticket. Answer with JSON: desk, level, step."
 TRAIN_ROWS_PER_COMBINATION = 6
 TEST_ROWS_PER_COMBINATION = 2
 TYPO_SHARE = 0.12
+MOST_CHARACTERS = 200  # of a ticket
 MOST_ALIKE = 0.7  # of the 5-character shingles of two tickets, the share they may have in common
 
 DESKS = {
@@ -130,48 +132,48 @@ STEPS = {
         "{Please|Kindly} {send|give|pay} {the|my|our} money back",
         "{I|We} {want|would like|ask for} a refund",
         "{Please refund|Kindly refund} {me|us|the sum}{| in full}",
-        "{I|We} {expect|want|would like} to be {paid back|reimbursed}",
-        "{Can|Could|Will} you {return|repay} {the money|the amount|what we paid}",
-        "{A refund|Our money back|Money back} {would be fair|is what I ask for|is the least}",
-        "{Please return|Return} {the sum|the amount|what I paid} to {my card|our bank|my account}",
-        "{Take|Please take} {it|the sum} off {my|our} {account|card} and pay it back",
+        "{I|We} {expect|want|would like} {my|our} money back",
+        "{Can|Could|Will} you {refund the amount|pay {me|us} back|refund what we paid}",
+        "{A refund|Our money back} {would be fair|is what I ask for|is the least}",
+        "{Please pay|Pay} the {sum|amount} back to {my card|our bank|my account}",
+        "{When|How soon} {will|do} I get {my money back|a refund}",
     ],
     "phone": [
-        "{Please|Kindly} {ring|call} {me|us} {on|at} <phone>",
+        "{Please|Kindly} {ring|call|phone} {me|us} {on|at} <phone>",
         "{Can|Could} {somebody|someone|one of you} {call|ring|phone} {me|us}",
-        "{I|We} {would rather|prefer to|want to} {talk|speak} to a {person|human being}",
-        "{My number is|Our number is|You reach me at} <phone>",
+        "{I|We} {would rather|prefer to|want to} {talk|speak} to {someone|you} {by phone|on the phone}",
+        "{Please call|Call|Ring} {my|our} number: <phone>",
         "{Give|Please give} {me|us} a {call|ring}{| after lunch| on <weekday>}",
-        "{When|At what time} can {I|we} {speak|talk} to {you|one of you} {by phone|on the phone}",
-        "{I|We} {wait|am waiting|hope} for {your call|a call}{| on <phone>}",
-        "{Let us|Let's} {discuss|settle|sort out} {it|this} {by phone|on the phone|in a call}",
+        "{When|At what time} can {I|we} {call|ring|phone} {you|one of you}",
+        "{I am waiting|We wait|I hope} for {your call|a call}{| on <phone>}",
+        "{Let us|Let's} {discuss|settle} {it|this} {by phone|on the phone|in a call}",
     ],
     "mend": [
         "{Please|Kindly} {fix|repair|mend} {it|this|that}",
-        "{Can|Could|Will} you {put|set} {it|this|that} right",
+        "{Can|Could|Will} you {fix|repair|mend} {it|this|that}",
         "{Please|Do} make it work{| again| as before}",
-        "{I|We} {want|would like|need} {it|this} {repaired|fixed|working}",
-        "{Please|Kindly} {have|get} {it|this} {fixed|repaired|corrected}",
-        "{Just|Simply} {get|put} {it|things} {in order|back in order|straight}",
-        "{Please correct|Correct|Kindly correct} {it|this|that}{| on your side| for us}",
-        "{All we|All I} {want|ask} is that it {works|runs}{| again}",
+        "{I|We} {want|would like|need} {it|this} {repaired|fixed|working again}",
+        "{Please|Kindly} {have|get} {it|this} {fixed|repaired|mended}",
+        "{Just|Simply} {fix|repair|mend} {it|this}{|, please| for us}",
+        "{When|How soon} will {it|this|that} {work again|be fixed|be repaired}",
+        "{All we|All I} {want|ask} is that it works{| again}",
     ],
     "explain": [
         "{Can|Could|Will} you {tell|explain to} me why",
         "{What did {I|we} do wrong|Where did {I|we} go wrong}",
         "{How|Why} {can|could|does} {that|this|such a thing} happen",
         "{Please|Kindly} explain {it|this|that}{| to me| to us}",
-        "{Is this|Is that} {how it should be|normal|on purpose|meant to be so}",
+        "{Please tell|Tell} {me|us} {why|how} {this|that} {happens|happened}",
         "{I|We} {would like|want} to {understand|know} {why|the reason|the cause}",
-        "{What|Which} {setting|rule} {is behind|causes|explains} {it|this|that}",
-        "{Where|How} can {I|we} read {more about|up on} {it|this|that}",
+        "{What|Which} {setting|rule} {causes|explains} {it|this|that}",
+        "{What is|Do you know} the {reason|cause|explanation}{| for this}",
     ],
 }
 FIELDS = {"desk": DESKS, "level": LEVELS, "step": STEPS}
 Labels = tuple[str, ...]  # one of each field
 Phrasings = tuple[str, ...]  # a pattern for each label
 
-QUESTION_STARTS = ("Can", "Could", "Will", "When", "At what", "What", "Where", "How", "Why", "Is ", "Which")
+QUESTION_STARTS = (*listed("Can Could Will When At What Where How Why Which"), "Do you")
 
 GREETINGS = ["", "", "", "Hi,", "Hello,", "Good morning,", "Dear team,", "Hi there,", "Good evening,", "Hey,"]
 SMALL_TALK = [
@@ -214,6 +216,20 @@ SLOTS = {
 }
 
 
+@dataclass(frozen=True)
+class Ticket:
+    """A ticket with its labels, and the phrasings that say them."""
+
+    labels: Labels
+    phrasings: Phrasings
+    text: str
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The phrasings that meet in this ticket."""
+        return list(itertools.combinations(self.phrasings, 2))
+
+
 def write_ticket(phrasings: Phrasings, *, chooser: random.Random) -> str:
     """One ticket that says these three things and nothing against them."""
 
@@ -244,40 +260,42 @@ def similarity(one: set[str], other: set[str]) -> float:
     return len(one & other) / len(one | other)
 
 
-def make_rows(*, seed: int = 0) -> tuple[list[dict], list[dict]]:
-    """Training and test rows in the OpenAI chat format, shuffled; no two tickets of all are nearly alike."""
+def draw_tickets(*, seed: int) -> tuple[list[Ticket], list[Ticket]]:
+    """Training and test tickets: no two are nearly alike, and no phrasings that meet in the test meet in training."""
     chooser = random.Random(seed)
     written: list[set[str]] = []
-    test_pairs: set[tuple[str, str]] = set()
 
-    def draw_row(labels: Labels, *, avoid: set[tuple[str, str]]) -> tuple[dict, Phrasings]:
+    def draw(labels: Labels, *, avoid: set[tuple[str, str]]) -> Ticket:
         while True:
             phrasings = tuple(chooser.choice(ways[label]) for ways, label in zip(FIELDS.values(), labels, strict=True))
-            ticket = write_ticket(phrasings, chooser=chooser)
-            pieces = shingles(ticket.lower())
-            if avoid.isdisjoint(itertools.combinations(phrasings, 2)) and all(
-                similarity(pieces, other) <= MOST_ALIKE for other in written
-            ):
+            ticket = Ticket(labels, phrasings, write_ticket(phrasings, chooser=chooser))
+            if len(ticket.text) > MOST_CHARACTERS or not avoid.isdisjoint(ticket.pairs):
+                continue
+            pieces = shingles(ticket.text.lower())
+            if all(similarity(pieces, other) <= MOST_ALIKE for other in written):
                 written.append(pieces)
-                return chat_row(ticket, labels=labels), phrasings
+                return ticket
 
     combinations = list(itertools.product(*FIELDS.values()))
-    test: list[dict] = []
-    for labels in combinations * TEST_ROWS_PER_COMBINATION:
-        row, phrasings = draw_row(labels, avoid=set())
-        test.append(row)
-        test_pairs.update(itertools.combinations(phrasings, 2))
-    train = [draw_row(labels, avoid=test_pairs)[0] for labels in combinations * TRAIN_ROWS_PER_COMBINATION]
+    test = [draw(labels, avoid=set()) for labels in combinations * TEST_ROWS_PER_COMBINATION]
+    met = {pair for ticket in test for pair in ticket.pairs}
+    train = [draw(labels, avoid=met) for labels in combinations * TRAIN_ROWS_PER_COMBINATION]
     chooser.shuffle(train)
     chooser.shuffle(test)
     return train, test
 
 
-def chat_row(ticket: str, *, labels: Labels) -> dict:
+def chat_row(ticket: Ticket) -> dict:
     """One row in the OpenAI chat format."""
-    answer = json.dumps(dict(zip(FIELDS, labels, strict=True)), separators=(",", ":"))
-    contents = {"system": SYSTEM, "user": ticket, "assistant": answer}
+    answer = json.dumps(dict(zip(FIELDS, ticket.labels, strict=True)), separators=(",", ":"))
+    contents = {"system": SYSTEM, "user": ticket.text, "assistant": answer}
     return {"messages": [{"role": role, "content": content} for role, content in contents.items()]}
+
+
+def make_rows(*, seed: int = 0) -> tuple[list[dict], list[dict]]:
+    """Training and test rows."""
+    train, test = draw_tickets(seed=seed)
+    return [chat_row(ticket) for ticket in train], [chat_row(ticket) for ticket in test]
 
 
 def main() -> None:

@@ -25,7 +25,9 @@ starter = Tokenizer.from_folder(STARTER)
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 # text made of special tokens, of pieces of them, and of what stands around them
 special_text = st.lists(
-    st.sampled_from(["<|end|>", "<|user|>", "<|", "|>", "<|e", "nd|>", "end", "<", "|", " ", "\n", "hello", "é", "<|<|end|>"]),
+    st.sampled_from(
+        ["<|end|>", "<|user|>", "<|", "|>", "<|e", "nd|>", "end", "<", "|", " ", "\n", "hello", "é", "<|<|end|>"]
+    ),
     max_size=12,
 ).map("".join)
 

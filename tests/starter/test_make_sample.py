@@ -1,13 +1,10 @@
 import itertools
 import json
-import random
-import string
 from collections import Counter
 from pathlib import Path
 
-import make_sample
 import pytest
-from make_sample import DESKS, LEVELS, MOST_ALIKE, STEPS, SYSTEM, make_rows, shingles, similarity
+from make_sample import DESKS, LEVELS, MOST_ALIKE, STEPS, SYSTEM, draw_tickets, make_rows, shingles, similarity
 from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,21 +56,17 @@ def test_sizes_and_balance():
     assert len(set(answers("train"))) == len(set(answers("test"))) == 72
 
 
-def test_phrasings_that_meet_in_a_test_ticket_never_meet_in_training(monkeypatch: pytest.MonkeyPatch):
-    drawn: list[tuple[str, ...]] = []
-
-    def recorded(phrasings: tuple[str, ...], *, chooser: random.Random) -> str:
-        drawn.append(phrasings)
-        return " ".join(chooser.choices(string.ascii_letters, k=40))
-
-    monkeypatch.setattr(make_sample, "write_ticket", recorded)
-    monkeypatch.setattr(make_sample, "chat_row", lambda ticket, *, labels: {"phrasings": drawn[-1]})
-    train, test = (
-        {pair for row in rows for pair in itertools.combinations(row["phrasings"], 2)}
-        for rows in make_sample.make_rows()
-    )
+def test_phrasings_that_meet_in_a_test_ticket_never_meet_in_training():
+    train, test = ({pair for ticket in tickets for pair in ticket.pairs} for tickets in draw_tickets(seed=0))
     assert test
     assert not train & test
+
+
+def test_every_test_phrasing_was_seen_in_training():
+    train, test = (
+        {phrasing for ticket in tickets for phrasing in ticket.phrasings} for tickets in draw_tickets(seed=0)
+    )
+    assert test <= train
 
 
 def test_no_two_tickets_are_nearly_alike():

@@ -17,16 +17,14 @@ FILE = "token_contract.json"
 PROBES = (
     (Message("user", "What is 2 + 2?"), Message("assistant", "4")),
     (Message("user", "Grüße  aus\nZürich 👋"), Message("assistant", " Hallo\n")),
+    (Message("system", "Be brief."), Message("user", "What is 2 + 2?"), Message("assistant", "4")),
 )
 
 
 def write_contract(folder: Path, *, template: ChatTemplate, examples: list[Example]) -> None:
     """Save the template, the stop tokens, and ids and weights of fixed probes and of a few of the run's own rows."""
-    probes = [Example(Origin("probe", i + 1), "chat", messages) for i, messages in enumerate(PROBES)]
+    probes = [Example(Origin("probe", i + 1), "chat", m) for i, m in enumerate(PROBES) if _renders(template, m)]
     probes += [e for e in examples if e.messages][:4]
-    if not template.plain:
-        system = (Message("system", "Be brief."), *PROBES[0])
-        probes += [Example(Origin("probe", len(probes) + 1), "chat", system)] if _renders(template, system) else []
     document = {
         "tokenizer": template.tokenizer.digest,
         "template": template.source,
@@ -39,8 +37,9 @@ def write_contract(folder: Path, *, template: ChatTemplate, examples: list[Examp
 
 
 def _renders(template: ChatTemplate, messages: tuple[Message, ...]) -> bool:
+    """Whether the template takes such a conversation at all."""
     try:
-        template.render([m.as_dict() for m in messages], generation_prompt=False)
+        template.sequences([Example(Origin("probe", 1), "chat", messages)])
     except TemplateError:
         return False
     return True

@@ -116,10 +116,9 @@ def prepare(
 
     `max_tokens` is the longest sequence allowed. `on_rows` is told how many rows were read so far.
     """
-    files = {
-        name: [f"{shown} {sha256_file(path)}" for source in sources for shown, path in resolve(source)]
-        for name, sources in _sources(settings).items()
-    }
+    read = {name: [f for s in sources for f in resolve(s)] for name, sources in _sources(settings).items()}
+    _refuse_repeated(read)
+    files = {name: [f"{shown} {sha256_file(path)}" for shown, path in found] for name, found in read.items()}
     what = {
         "files": files,
         "settings": settings.model_dump(mode="json"),
@@ -136,6 +135,18 @@ def prepare(
             _Preparation(settings, objective, template, max_tokens, new, on_rows).run()
             (new / "files.json").write_text(json.dumps(files, indent=1), "utf-8")
     return Prepared(folder, digest)
+
+
+def _refuse_repeated(read: dict[str, list[tuple[str, Path]]]) -> None:
+    """Each file may be read once: a row has one place and one state."""
+    seen: dict[Path, str] = {}
+    for name, found in read.items():
+        for shown, path in found:
+            before = seen.setdefault(path.resolve(), f"data.{name}")
+            if before != f"data.{name}" or sum(p.resolve() == path.resolve() for _, p in found) > 1:
+                raise DataError(
+                    f"the file is named twice (in {before} and data.{name})", file=shown, hint="name each file once"
+                )
 
 
 def _sources(settings: DataSettings) -> dict[str, list[str]]:
@@ -296,9 +307,9 @@ class _Preparation:
             raise DataError(
                 f"no row is left to train on: {self.ledger.summary()}", file=source, hint="give more rows, or hold out fewer"
             )
-        asked = "validation" in self.settings.model_fields_set and self.settings.validation is not None
+        given = self.settings.validation
+        asked = given is not None and given != DataSettings.model_fields["validation"].default
         if asked and writers["validation"].num_units == 0:
-            given = self.settings.validation
             raise DataError(
                 "data.validation holds no row",
                 file=given if isinstance(given, str) else self.settings.train_paths[0],

@@ -19,10 +19,11 @@ from tunesmith.errors import TemplateError
 
 MAX_SECONDS = 2.0
 MAX_STEPS = 1_000_000  # blocks entered and items counted while rendering one conversation
-MAX_SIZE = 20_000_000  # characters or items of any one value
+MAX_SIZE = 4_000_000  # characters and items of any one value, inner ones included
+MAX_DEPTH = 100
 MAX_BITS = 4_096  # of a whole number
 SOURCE_CHARACTERS = 500_000
-UNSAFE_METHODS = {"format", "format_map", "ljust", "rjust", "center", "zfill", "expandtabs"}
+UNSAFE_METHODS = {"format", "format_map", "ljust", "rjust", "center", "zfill", "expandtabs", "translate"}
 UNSAFE_FILTERS = ("center", "indent", "wordwrap", "format", "pprint", "urlize", "batch", "slice", "random", "filesizeformat")
 UNSAFE_GLOBALS = ("lipsum", "cycler", "joiner")
 
@@ -37,6 +38,26 @@ class _BoundedCode(CodeGenerator):
     def blockvisit(self, nodes: Any, frame: Any) -> None:
         self.writeline("environment.tick()")
         super().blockvisit(nodes, frame)
+
+    def visit_List(self, node: Any, frame: Any) -> None:
+        self._wrapped("measured", super().visit_List, node, frame)
+
+    def visit_Tuple(self, node: Any, frame: Any) -> None:
+        if node.ctx == "load":
+            self._wrapped("measured", super().visit_Tuple, node, frame)
+        else:
+            super().visit_Tuple(node, frame)
+
+    def visit_Dict(self, node: Any, frame: Any) -> None:
+        self._wrapped("measured", super().visit_Dict, node, frame)
+
+    def visit_Getitem(self, node: Any, frame: Any) -> None:
+        self._wrapped("measured", super().visit_Getitem, node, frame)
+
+    def _wrapped(self, name: str, visit: Any, node: Any, frame: Any) -> None:
+        self.write(f"environment.{name}(")
+        visit(node, frame)
+        self.write(")")
 
     def visit_Concat(self, node: Any, frame: Any) -> None:
         self.write("environment.joined((")
@@ -65,6 +86,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
         self.steps, self.deadline = 0, float("inf")
+        self.sizes: dict[int, tuple[Any, int, int]] = {}
         for name in UNSAFE_FILTERS:
             self.filters.pop(name, None)
         for name in UNSAFE_GLOBALS:
@@ -79,11 +101,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def start(self) -> None:
         """A new rendering begins: fresh budgets."""
         self.steps, self.deadline = 0, time.monotonic() + MAX_SECONDS
+        self.sizes.clear()
 
     def tick(self, steps: int = 1) -> None:
         """Count work."""
         self.steps += steps
-        if self.steps > MAX_STEPS or (self.steps & 255 == 0 and time.monotonic() > self.deadline):
+        if self.steps > MAX_STEPS or time.monotonic() > self.deadline:
             _refuse(f"does not end within {MAX_STEPS:,} steps and {MAX_SECONDS:g} seconds")
 
     def joined(self, parts: Any) -> str:
@@ -99,10 +122,26 @@ class Sandbox(ImmutableSandboxedEnvironment):
             if value.bit_length() > MAX_BITS:
                 _refuse("computes with numbers that are too large")
         elif isinstance(value, str | bytes | list | tuple | dict | set):
-            if len(value) > MAX_SIZE:
+            size = self._size(value)
+            if size > MAX_SIZE:
                 _refuse("makes values that are too large")
-            self.tick(1 + len(value) // 4096)
+            self.tick(1 + size // 1024)
         return value
+
+    def _size(self, value: Any, depth: int = 0) -> int:
+        """Characters and items of a value, inner ones included and counted as often as they stand there."""
+        if isinstance(value, str | bytes):
+            return len(value)
+        if not isinstance(value, list | tuple | dict | set):
+            return 1
+        if id(value) in self.sizes and self.sizes[id(value)][1] == len(value):
+            return self.sizes[id(value)][2]
+        if depth > MAX_DEPTH:
+            _refuse("nests values too deeply")
+        inner = value.values() if isinstance(value, dict) else value
+        size = len(value) + sum(self._size(item, depth + 1) for item in inner)
+        self.sizes[id(value)] = (value, len(value), size)  # keeps the value alive, so that its id stays its own
+        return size
 
     def _measured(self, function: Any) -> Any:
         """A filter whose result is measured; what jinja2 noted on the function is kept."""
@@ -139,9 +178,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if operator == "*" and not (isinstance(left, numbers) and isinstance(right, numbers)):
             _refuse("multiplies text, which is not allowed")
         if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
-            if len(left) + len(right) > MAX_SIZE:
+            if self._size(left) + self._size(right) > MAX_SIZE:
                 _refuse("makes values that are too large")
-            self.tick(1 + (len(left) + len(right)) // 4096)
         return self.measured(super().call_binop(context, operator, left, right))
 
 

@@ -61,6 +61,13 @@ class DataSettings(BaseModel):
         sides = {"validation": self.validation, "test": self.test}
         return {name: value for name, value in sides.items() if isinstance(value, float)}
 
+    @field_validator("validation", "test", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError("true and false are no shares; give a share such as 0.1, a file, or null for none")
+        return value
+
     @field_validator("validation", "test", mode="after")
     @classmethod
     def _check_share(cls, value: float | str | None) -> float | str | None:

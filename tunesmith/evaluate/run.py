@@ -159,7 +159,8 @@ def evaluate_systems(
 
     `examples` are held-out rows of one kind (conversations or plain texts). Raises DataError where none is left.
     """
-    kept = _fitting(examples, systems=systems, template=template, objective=objective, settings=settings)
+    fitting = _fitting(examples, systems=systems, template=template)
+    kept = _drawn(fitting, settings=settings)
     if not kept:
         raise DataError("no held-out row fits into the model's context", hint="set evaluate.max_tokens lower")
     names = settings.metrics or default_metrics(kept)
@@ -178,34 +179,32 @@ def evaluate_systems(
     document = _document(
         metrics, answers, systems=systems, run=run, data=data, primary=names[0], rows=len(kept), seed=settings.seed
     )
-    document["left_out_rows"] = len(examples) - len(kept)
+    document["left_out_rows"] = len(examples) - len(fitting)
     return Evaluation(document, _row_table(kept, references, answers, scores, plain=template.plain))
 
 
-def _fitting(
-    examples: list[Example],
-    *,
-    systems: list[System],
-    template: ChatTemplate,
-    objective: Objective,
-    settings: EvaluateSettings,
-) -> list[Example]:
-    """The rows to evaluate: those that fit into the context with every system's prompt, then a draw of `rows`."""
+def _fitting(examples: list[Example], *, systems: list[System], template: ChatTemplate) -> list[Example]:
+    """The rows that fit into the context with every system's prompt."""
     limit = systems[0].model.context_tokens
+    shots = max((s.shots for s in systems), key=len)
     kept = []
     for example in examples:
         if example.text is None:
-            longest = max(systems, key=lambda s: len(s.shots)).shots
-            messages = prompt_messages(example, shots=longest, plain=template.plain)
+            messages = prompt_messages(example, shots=shots, plain=template.plain)
             answer = Message("assistant", asked(example)[1])
             whole = Example(example.origin, "chat", (*messages, answer), tools=example.tools)
             if max(len(s.tokens_T) for s in template.sequences([whole])[0]) > limit:
                 continue
         kept.append(example)
-    if settings.rows is not None and len(kept) > settings.rows:
-        chosen = np.random.default_rng(settings.seed).permutation(len(kept))[: settings.rows]
-        kept = [kept[i] for i in sorted(chosen)]
     return kept
+
+
+def _drawn(examples: list[Example], *, settings: EvaluateSettings) -> list[Example]:
+    """`settings.rows` of them by the seed, in order; all by default."""
+    if settings.rows is None or len(examples) <= settings.rows:
+        return examples
+    chosen = np.random.default_rng(settings.seed).permutation(len(examples))[: settings.rows]
+    return [examples[i] for i in sorted(chosen)]
 
 
 def _check_metrics(names: tuple[str, ...], examples: list[Example]) -> None:

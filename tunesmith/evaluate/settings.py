@@ -2,9 +2,12 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from tunesmith.evaluate.metrics import METRICS
+
+
+RESOLVED = {"resolved": True}  # the validation context of recipes in which every default is spelled out
 
 
 class EvaluateSettings(BaseModel):
@@ -39,7 +42,9 @@ class EvaluateSettings(BaseModel):
         return metrics
 
     @model_validator(mode="after")
-    def _no_idle_setting(self) -> "EvaluateSettings":
+    def _no_idle_setting(self, info: ValidationInfo) -> "EvaluateSettings":
+        if info.context == RESOLVED:
+            return self
         if "few_shot" in self.model_fields_set and "few_shot" not in self.against:
             raise ValueError("few_shot has no effect because `against` does not name few_shot")
         return self

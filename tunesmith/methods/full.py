@@ -8,11 +8,9 @@ The strongest and the most expensive method, and the one that forgets most. The 
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from safetensors.torch import load_file
-
 from tunesmith.errors import ModelError
 from tunesmith.methods.base import Method, freeze
-from tunesmith.models.load import Model
+from tunesmith.models.load import Model, load_model
 
 
 class Full(Method):
@@ -36,11 +34,9 @@ class Full(Method):
 
     def load(self, model: Model, *, folder: Path) -> None:
         """Replace the base's weights by those in `folder`."""
-        weights = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            weights |= load_file(str(path))
-        missing, unexpected = model.causal.load_state_dict(weights, strict=False)
-        tied = {name for name in missing if name.endswith("lm_head.weight")}
-        if unexpected or set(missing) - tied:
+        saved = load_model(str(folder)).causal.state_dict()
+        own = model.causal.state_dict()
+        if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in own.items()}:
             raise ModelError("the saved weights do not fit the base", file=folder, hint="use the run's own base")
+        model.causal.load_state_dict(saved)
         freeze(model)

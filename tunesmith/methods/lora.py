@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -160,30 +160,57 @@ class Lora(Method):
             raise ModelError(f"the adapter does not fit this base: {odd}", file=folder, hint="use the base it was made for")
         with torch.no_grad():
             for name, layer in _lora_layers(model):
-                layer.lora_A.copy_(tensors[f"{PREFIX}{name}.lora_A.weight"])
-                layer.lora_B.copy_(tensors[f"{PREFIX}{name}.lora_B.weight"])
+                for half, own in (("A", layer.lora_A), ("B", layer.lora_B)):
+                    saved = tensors[f"{PREFIX}{name}.lora_{half}.weight"]
+                    if saved.shape != own.shape:
+                        raise ModelError(
+                            f"the adapter does not fit: {name} has {tuple(saved.shape)} where {tuple(own.shape)} is needed",
+                            file=folder,
+                            hint="use the base and the rank it was made with",
+                        )
+                    own.copy_(saved)
         freeze(model)
+
+
+PLAIN_KEYS = {
+    "peft_type", "task_type", "base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "fan_in_fan_out", "target_modules", "init_lora_weights",
+    "layers_pattern", "megatron_core", "runtime_config", "qalora_group_size",
+}  # fmt: skip
 
 
 def from_peft(folder: Path) -> Lora:
     """The method that PEFT's adapter_config.json describes; ModelError for what is not plain LoRA."""
     path = folder / "adapter_config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        config = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"adapter_config.json cannot be read: {error}", file=path, hint="restore the file") from error
-    odd = [k for k in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform") if config.get(k)]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or odd:
-        what = odd[0] if odd else f"{config.get('peft_type')} with bias {config.get('bias')!r}"
-        raise ModelError(f"this adapter uses {what}, which is not plain LoRA", file=path, hint="load it with PEFT and merge it")
+    if not isinstance(config, dict):
+        raise ModelError("adapter_config.json holds no object", file=path, hint="restore the file")
+    odd = [key for key, value in config.items() if key not in PLAIN_KEYS and value]
+    wanted: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA",), "bias": ("none", None)}
+    wanted["init_lora_weights"] = (True, False, "gaussian", None)  # others change the base's own weights
+    odd += [key for key, values in wanted.items() if config.get(key) not in values]
+    if odd:
+        raise ModelError(
+            f"this adapter sets {odd[0]} to {config.get(odd[0])!r}, which is not plain LoRA",
+            file=path,
+            hint="load it with PEFT and merge it",
+        )
     targets = config.get("target_modules")
-    return Lora(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0),
-        rank_stabilised=config.get("use_rslora", False),
-        targets="all-linear" if targets == "all-linear" else tuple(sorted(targets)),
-    )
+    if not (targets == "all-linear" or (isinstance(targets, list) and all(isinstance(t, str) for t in targets))):
+        raise ModelError(f"target_modules is {targets!r}, no list of layers", file=path, hint="name the layers one by one")
+    try:
+        return Lora(
+            rank=config["r"],
+            alpha=config["lora_alpha"],
+            dropout=config.get("lora_dropout", 0.0),
+            rank_stabilised=config.get("use_rslora", False),
+            targets="all-linear" if targets == "all-linear" else tuple(sorted(targets)),
+        )
+    except (KeyError, ValidationError) as error:
+        raise ModelError(f"adapter_config.json makes no sense: {error}", file=path, hint="restore the file") from error
 
 
 def _lora_layers(model: Model) -> list[tuple[str, LoraLinear]]:

@@ -6,6 +6,7 @@ No code comes from data: a folder's `config.json` is read as JSON, and a configu
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,10 @@ def resolve_base(name: str) -> Path:
     """The local folder of a base: `starter`, a folder, or a hub name (downloaded into the hub's own cache)."""
     if name == "starter":
         return STARTER
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise ModelError("a base must be a folder or a hub name, and this is a file", file=path, hint="name its folder")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise NotFoundError(f"no base model at '{name}'", hint="use 'starter', a folder, or a hub name owner/model")
@@ -45,7 +46,6 @@ def resolve_base(name: str) -> Path:
 
 
 def _download(name: str) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -55,7 +55,7 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError as error:
         raise NotFoundError(f"'{name}' is no valid hub name: {error}", hint="use owner/model") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise NotFoundError(
             f"the model hub does not give '{name}': {str(error).splitlines()[0]}",
             hint="check the name and the connection, or download the model elsewhere and give its folder as base",
@@ -71,11 +71,22 @@ def check_config(config: dict[str, Any], *, file: Path) -> None:
             hint="use a model that transformers supports itself",
         )
     kind = config.get("model_type")
-    if kind not in SUPPORTED:
+    if not isinstance(kind, str) or kind not in SUPPORTED:
         raise ModelError(
             f"model type {kind!r} is not supported; supported are {', '.join(sorted(SUPPORTED))}",
             file=file,
             hint="choose another base",
+        )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if "dynamic" in str(rope) or "longrope" in str(rope):
+        raise ModelError(
+            "its rotary positions depend on the longest row in a batch, so a row's loss would depend on its neighbours",
+            file=file,
+            hint="choose a base with another rope_type",
+        )
+    if config.get("use_bidirectional_attention"):
+        raise ModelError(
+            "its attention looks ahead: it is an encoder and generates no text", file=file, hint="choose another base"
         )
     if config.get("quantization_config"):
         raise ModelError("the weights are quantised already", file=file, hint="use the unquantised model as base")

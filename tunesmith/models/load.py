@@ -7,12 +7,15 @@ import contextlib
 import hashlib
 import json
 import logging
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
 
 from tunesmith.data.pack import Pack
@@ -22,6 +25,11 @@ from tunesmith.models.base import NewBase, context_of, digest_folder, read_confi
 
 DROPOUTS = (
     "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "resid_dropout", "summary_first_dropout",
+)  # fmt: skip
+
+
+LOADING_ERRORS = (
+    OSError, ValueError, LookupError, RuntimeError, TypeError, ArithmeticError, AttributeError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
 
 
@@ -83,6 +91,13 @@ class Model:
         """Parameters in all, tied ones once."""
         return sum(p.numel() for p in self.causal.parameters())
 
+    def checkpoint_activations(self) -> None:
+        """Recompute each block's activations in the backward pass instead of keeping them."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its new name is not in transformers 5.17
+            self.causal.gradient_checkpointing_enable({"use_reentrant": False})
+        self.causal.enable_input_require_grads()
+
     def save(self, folder: Path) -> None:
         """Write weights, configuration and tokenizer so that plain transformers loads them."""
         self.causal.save_pretrained(folder, safe_serialization=True)
@@ -127,7 +142,10 @@ def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, dev
     overrides = {name: 0.0 for name in DROPOUTS if raw.get(name)}
     with _quiet():
         if isinstance(base, NewBase):
-            config = AutoConfig.for_model(**raw | overrides)
+            try:
+                config = AutoConfig.for_model(**raw | overrides)
+            except LOADING_ERRORS as error:
+                raise ModelError(f"config.json makes no sense: {error}", file=config_path, hint="mend it") from error
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(base.seed)
                 causal = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
@@ -138,8 +156,9 @@ def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, dev
                     "no .safetensors weights here", file=folder, hint="convert the weights to safetensors first"
                 )
             try:
-                causal = AutoModelForCausalLM.from_pretrained(
+                causal, report = AutoModelForCausalLM.from_pretrained(
                     folder,
+                    output_loading_info=True,
                     attn_implementation=attention.NAME,
                     dtype=dtype,
                     use_safetensors=True,
@@ -147,8 +166,9 @@ def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, dev
                     local_files_only=True,
                     **overrides,
                 )
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
+            except LOADING_ERRORS as error:
                 raise ModelError(f"the model cannot be loaded: {error}", file=folder, hint="restore its files") from error
+            _check_complete(report, folder)
     causal.to(device)
     if len(causal.get_input_embeddings().weight) < tokenizer.num_tokens:
         raise ModelError(
@@ -160,6 +180,15 @@ def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, dev
     digest = digest_folder(folder) if folder is not None else _digest_new(base, raw, tokenizer)
     name = base if isinstance(base, str) else "new"
     return Model(causal, tokenizer, name, folder, digest, context_of(raw))
+
+
+def _check_complete(report: dict[str, Any], folder: Path) -> None:
+    """transformers makes missing weights up at random and leaves superfluous ones out; neither is a model."""
+    for name, words in (("missing_keys", "lack"), ("unexpected_keys", "hold the unknown"), ("mismatched_keys", "misfit")):
+        found = sorted(map(str, report.get(name) or []))
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise ModelError(f"the weights {words} {found[0]}{more}", file=folder, hint="restore the model's files")
 
 
 def _digest_new(base: Any, raw: dict[str, Any], tokenizer: Tokenizer) -> str:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -65,6 +65,7 @@ class Progress:
     validation_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
+    validated_step: int = 0
     validations_since_best: int = 0
     recent: list[float] = field(default_factory=list)  # training losses since the last validation
     last_recent: float | None = None
@@ -161,40 +162,45 @@ class Fit:
         Raises Interrupted after saving when a signal came, NumericalError naming the rows when a loss is not finite.
         """
         self.observer.start(num_steps=self.num_steps, step=self.progress.step)
-        stopped = "finished"
         self.model.causal.train()
-        while self.progress.step < self.num_steps:
-            started = time.perf_counter()
-            units, position = self._next_units()
-            packs = self._packs(units)
-            record = self._step(packs, units)
-            if record is None:
-                self._interrupted()
-            assert record is not None
-            progress = self.progress
-            progress.epoch, progress.cursor = position
-            progress.step += 1
-            progress.rows += len(units)
-            seconds = time.perf_counter() - started
-            progress.seconds += seconds
-            tokens = sum(p.num_row_tokens for p in packs)
-            record |= {"tokens": progress.tokens, "tokens_per_second": tokens / seconds, "epoch": self._epochs_done()}
-            self.observer.step({"step": progress.step, "time": time.time()} | record)
-            if self.validation is not None and self._due(self.validate_every):
-                self._validate()
-                if self.settings.patience and progress.validations_since_best >= self.settings.patience:
-                    stopped = "early"
-                    self.observer.message(
-                        f"stopped early: no better validation loss in {self.settings.patience} validations"
-                    )
-                    break
+        while not self._stop_early():
             if self._due(self.checkpoint_every):
                 self.save()
+            if self.progress.step >= self.num_steps:
+                break
+            self._next_step()
         self.save()
+        stopped = "finished" if self.progress.step >= self.num_steps else "early"
         return FitResult(self.progress, stopped, num_trainable(self.model), peak_memory_bytes(self.model.device))
 
+    def _next_step(self) -> None:
+        started = time.perf_counter()
+        units, position = self._next_units()
+        packs = self._packs(units)
+        record = self._step(packs, units)
+        progress = self.progress
+        progress.epoch, progress.cursor = position
+        progress.step += 1
+        progress.rows += len(units)
+        seconds = time.perf_counter() - started
+        progress.seconds += seconds
+        tokens = sum(p.num_row_tokens for p in packs)
+        record |= {"tokens": progress.tokens, "tokens_per_second": tokens / seconds, "epoch": self._epochs_done()}
+        self.observer.step({"step": progress.step, "time": time.time()} | record)
+
+    def _stop_early(self) -> bool:
+        """Validate where it is due and was not done yet; whether the patience is at an end."""
+        progress, patience = self.progress, self.settings.patience
+        if self.validation is not None and self._due(self.validate_every) and progress.validated_step < progress.step:
+            self._validate()
+        if not patience or progress.validations_since_best < patience:
+            return False
+        self.observer.message(f"stopped early: no better validation loss in {patience} validations")
+        return True
+
     def _due(self, every: int) -> bool:
-        return self.progress.step % every == 0 or self.progress.step == self.num_steps
+        step = self.progress.step
+        return step > 0 and (step % every == 0 or step == self.num_steps)
 
     def _epochs_done(self) -> float:
         return round(self.progress.epoch + self.progress.cursor / len(self.train), 4)
@@ -213,15 +219,15 @@ class Fit:
         sequences = [sequence for unit in units for sequence in self.train.unit(unit)]
         return list(build_packs(sequences, max_tokens=self.settings.micro_batch_tokens))
 
-    def _step(self, packs: list[Pack], units: list[int]) -> dict[str, float] | None:
-        """One optimiser step; None when a signal came before the update (nothing has changed then)."""
+    def _step(self, packs: list[Pack], units: list[int]) -> dict[str, float]:
+        """One optimiser step. A signal before the update saves and raises: nothing has changed then."""
         total = sum(self.objective.count(pack) for pack in packs)
         rate = learning_rate(self.progress.step, peak=self.peak, num_steps=self.num_steps, settings=self.settings)
         self.optimiser.zero_grad()
         loss_sum = 0.0
         for index, pack in enumerate(packs):
             if self.signal_number is not None:
-                return None
+                self._interrupted()
             torch.manual_seed(seed_for(seed=self.settings.seed, step=self.progress.step, pack=index))
             with autocast(self.model, self.settings):
                 loss = forward(self.model, pack, objective=self.objective)
@@ -247,7 +253,7 @@ class Fit:
             torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.settings.clip, norm)
         return float(norm)
 
-    def _not_finite(self, units: list[int], *, loss_sum: float, norm: float) -> None:
+    def _not_finite(self, units: list[int], *, loss_sum: float, norm: float) -> NoReturn:
         """Find the rows at fault one by one and raise; the weights are those before the step."""
         self.optimiser.zero_grad()
         found = []
@@ -269,7 +275,7 @@ class Fit:
             hint="look at these rows; lower train.learning_rate, or use train.precision: fp32",
         )
 
-    def _interrupted(self) -> None:
+    def _interrupted(self) -> NoReturn:
         self.optimiser.zero_grad()
         self.save()
         assert self.signal_number is not None
@@ -290,7 +296,6 @@ class Fit:
         )
         if totals is None:
             self._interrupted()
-        assert totals is not None
         loss = totals.mean("loss")
         progress = self.progress
         recent = sum(progress.recent) / len(progress.recent)
@@ -298,6 +303,7 @@ class Fit:
         worse = progress.validation_loss is not None and loss > progress.validation_loss
         progress.rising = progress.rising + 1 if falling and worse else 0
         progress.last_recent, progress.recent, progress.validation_loss = recent, [], loss
+        progress.validated_step = progress.step
         self.observer.validation({"step": progress.step, "validation_loss": loss})
         if progress.rising == 2:
             self.observer.message(

@@ -208,13 +208,9 @@ class RichProgress:
 
     def __enter__(self) -> Self:
         if self._console.is_interactive and self._on_terminal():
-            self._live = Live(
-                console=self._console,
-                transient=True,
-                # What is printed must not tear the bar, and what goes to a pipe must stay there.
-                redirect_stdout=sys.stdout.isatty(),
-                get_renderable=self._bar,
-            )
+            # What is printed must not tear the bar, and what goes to a pipe must stay there.
+            redirect = sys.stdout.isatty()
+            self._live = Live(self, console=self._console, transient=True, redirect_stdout=redirect)
         return self
 
     def __exit__(
@@ -230,7 +226,7 @@ class RichProgress:
         self._session = _Session(num_steps, step, self._clock())
         self._printed_at, self._unprinted = -math.inf, True
         if self._live is not None:
-            self._live.start()
+            self._live.start(refresh=True)
 
     def step(self, record: dict[str, Any]) -> None:
         assert self._session is not None
@@ -258,13 +254,14 @@ class RichProgress:
         # A terminal wraps between words; a log keeps the sentence on one line.
         self._console.print(text, soft_wrap=not self._on_terminal())
 
-    def _bar(self) -> Group | Text:
+    def __rich__(self) -> Group | Text:
+        """The bar as it is at this moment: rich asks whenever it draws."""
         session = self._session
         if session is None:
             return Text()
         columns = Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True)
         first = Table.grid(*columns, expand=True, padding=(0, 2, 0, 0), pad_edge=False)
-        bar = ProgressBar(total=session.num_steps, completed=session.step)
+        bar = ProgressBar(total=session.num_steps, completed=session.step, complete_style="cyan")
         first.add_row(session.steps(), bar, session.times(self._clock()))
         second = session.numbers()
         second.no_wrap, second.overflow = True, "ellipsis"

@@ -9,16 +9,17 @@ from tunesmith.train.settings import TrainSettings
 
 
 def learning_rate(step: int, *, peak: float, num_steps: int, settings: TrainSettings) -> float:
-    """Learning rate of optimiser step `step` (from 0): linear warm-up, then the schedule down to zero.
+    """Learning rate of optimiser step `step` (from 0): linear warm-up, then peak (f + (1 - f) s(t)), t from 0 to 1.
 
-    cosine: peak (1 + cos(pi t)) / 2 with t from 0 to 1 (Loshchilov and Hutter 2016, eq. 5); linear: peak (1 - t).
+    f is `final_share`. cosine: s = (1 + cos(pi t)) / 2 (Loshchilov and Hutter 2016, eq. 5); linear: s = 1 - t.
     """
     warmup = settings.warmup if settings.warmup >= 1 else settings.warmup * num_steps
     warmup = min(math.ceil(warmup), max(0, num_steps - 1))
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     t = (step - warmup) / max(1, num_steps - warmup)
-    return peak * {"cosine": 0.5 * (1 + math.cos(math.pi * t)), "linear": 1 - t, "constant": 1.0}[settings.schedule]
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * t)), "linear": 1 - t, "constant": 1.0}[settings.schedule]
+    return peak * (settings.final_share + (1 - settings.final_share) * shape)
 
 
 class Optimiser:

@@ -16,7 +16,8 @@ class TrainSettings(BaseModel):
     optimiser: Literal["adamw", "muon"] = Field(
         default="adamw", description="muon: matrices by orthogonalised momentum (Jordan 2024), the rest by AdamW"
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="after the warm-up, to zero")
+    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="after the warm-up")
+    final_share: float = Field(default=0.0, ge=0, lt=1, description="share of the peak that the schedule ends at")
     warmup: float = Field(default=0.05, ge=0, description="steps of linear warm-up; below 1 a share of all steps")
     weight_decay: float = Field(default=0.01, ge=0, description="decoupled decay of matrices; vectors never decay")
     clip: float | None = Field(default=1.0, gt=0, description="largest norm of the gradient; null: no clipping")
@@ -36,4 +37,6 @@ class TrainSettings(BaseModel):
     def _warmup_is_share_or_count(self) -> "TrainSettings":
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup: {self.warmup} is neither a share below 1 nor a whole number of steps")
+        if self.final_share and self.schedule == "constant":
+            raise ValueError("final_share has no effect on a constant schedule")
         return self

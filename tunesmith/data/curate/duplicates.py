@@ -173,7 +173,8 @@ class Repeats:
         for band in range(0, BINS, BAND):
             # The following band is the minor key, so that in a crowded bucket the most alike stand together.
             columns = [(band + offset) % BINS for offset in range(2 * BAND)]
-            keys_U = self.rows["signature"][usable][:, columns].copy().view(">u8")[:, 0]
+            bytes_N8 = self.rows["signature"][: self.num_rows, columns]
+            keys_U = np.ascontiguousarray(bytes_N8).view(">u8")[usable, 0]
             order = np.argsort(keys_U, kind="stable")
             sorted_U = usable[order]
             buckets_U = keys_U[order] >> np.uint64(8 * BAND)
