@@ -47,7 +47,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3_text": COMMON | WINDOWED,
     "gpt2": {
         "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "bos_token_id": 1,
-        "eos_token_id": 2, "scale_attn_by_inverse_layer_idx": True, "attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1,
+        "eos_token_id": 2, "scale_attn_by_inverse_layer_idx": True, "attn_pdrop": 0.1, "resid_pdrop": 0.1,
+        "embd_pdrop": 0.1,
     },
     "gpt_neox": COMMON | {"hidden_dropout": 0.1, "attention_dropout": 0.1, "head_dim": None},
     "phi3": COMMON | {"sliding_window": WINDOW_TOKENS, "resid_pdrop": 0.1},

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tunesmith.data.settings import DataSettings
 from tunesmith.errors import NotFoundError, RecipeError
-from tunesmith.evaluate.settings import EvaluateSettings
+from tunesmith.evaluate.settings import RESOLVED, EvaluateSettings
 from tunesmith.methods.full import Full
 from tunesmith.methods.lora import Lora
 from tunesmith.models.base import NewBase
@@ -158,7 +158,12 @@ BROKEN = {
     "a choice that is none": ("data: {train: a, too_long: cut}", 1, ["data.too_long", "truncate"], []),
     "an unknown metric": ("data: {train: a}\nevaluate: {metrics: [exact]}", 2, ["'exact'", "'exact_match'"], []),
     "a share of everything": ("data: {train: a, validation: 1}", 1, ["the share is 1"], []),
-    "a share that is yes": ("data: {train: a, validation: true}", 1, ["data.validation", "True"], []),
+    "a share that is yes": (
+        "data: {train: a, validation: true}",
+        1,
+        ["data.validation", "true and false are no shares"],
+        [],
+    ),
     "shares that leave nothing": ("data: {train: a, validation: 0.5, test: 0.5}", 1, ["nothing to train on"], []),
     "a test that is trained on": ("data: {train: a, test: a}", 1, ["also trained on"], []),
     "a patience without validation": (
@@ -351,9 +356,8 @@ def test_a_wrong_override_is_refused(override, message):
 )
 def test_a_recipe_comes_back_from_what_is_saved_with_the_run(more):
     recipe = parse(f"data: {{train: [a, b], test: 0.2}}\n{more}")
-    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
-    short = yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True))
-    assert parse(short) == recipe
+    assert Recipe.model_validate(recipe.model_dump(mode="json"), context=RESOLVED) == recipe
+    assert parse(recipe.as_yaml()) == recipe
 
 
 # --------------------------------------------------------------------------------------------------------- fuzz

@@ -1,8 +1,8 @@
 """The verbs as Python functions; the command line, the service and the studio call these.
 
-    run = tunesmith.tune("recipe.yaml")
-    print(tunesmith.evaluate(run).sentence)
-    print(tunesmith.load(run).generate("Where is my parcel?"))
+run = tunesmith.tune("recipe.yaml")
+print(tunesmith.evaluate(run).sentence)
+print(tunesmith.load(run).generate("Where is my parcel?"))
 """
 
 import contextlib
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import ValidationError
 
 from tunesmith.data.contract import FILE as CONTRACT
@@ -107,7 +106,9 @@ def template_of(model: Model, recipe: Recipe) -> ChatTemplate:
     try:
         source = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise NotFoundError(f"the chat template cannot be read: {error}", file=path, hint="check data.template") from None
+        raise NotFoundError(
+            f"the chat template cannot be read: {error}", file=path, hint="check data.template"
+        ) from None
     model.tokenizer.chat_template = source
     return ChatTemplate(model.tokenizer)
 
@@ -284,8 +285,7 @@ def _find_unfinished(workspace: Workspace, recipe: Recipe, resolved: dict[str, A
 def _write_start(
     folder: Path, recipe: Recipe, resolved: dict[str, Any], *, prepared: Prepared, template: ChatTemplate
 ) -> None:
-    dumped = recipe.model_dump(mode="json", exclude_defaults=True)
-    write_text(folder / "recipe.yaml", text=yaml.safe_dump(dumped, sort_keys=False, allow_unicode=True))
+    write_text(folder / "recipe.yaml", text=recipe.as_yaml())
     write_json(folder / "resolved.json", value=resolved)
     write_json(folder / "ledger.json", value=prepared.ledger)
     examples = [e for _, e in zip(range(4), prepared.examples("train"), strict=False)]
@@ -306,7 +306,7 @@ def _record_start(index: Index, folder: Path, recipe: Recipe, *, model: Model, p
         paths = [path for name in names for _, path in resolve(name)]
         if paths:
             for path in paths:
-                if path.stat().st_size <= STORED_BYTES:
+                if index.store is not None and path.stat().st_size <= STORED_BYTES:
                     index.store.put_file(path)
             datasets[role] = index.record_dataset(paths, rows=counts[role], form=recipe.data.form)
     path = Path(recipe.base.config) if isinstance(recipe.base, NewBase) else resolve_base(recipe.base)
@@ -351,7 +351,9 @@ class Tuned:
     template: ChatTemplate
     method: Method
 
-    def generate(self, prompt: "str | list[Message] | list[dict[str, Any]]", *, sampling: Sampling | None = None) -> str:
+    def generate(
+        self, prompt: "str | list[Message] | list[dict[str, Any]]", *, sampling: Sampling | None = None
+    ) -> str:
         """The answer to a prompt or to a conversation that ends with a user turn."""
         return self.generate_many([prompt], sampling=sampling)[0]
 
@@ -478,9 +480,7 @@ def evaluate(
     return evaluation
 
 
-def evaluation_settings(
-    run: Run, *, against: list[str] | None = None, rows: int | None = None
-) -> EvaluateSettings:
+def evaluation_settings(run: Run, *, against: list[str] | None = None, rows: int | None = None) -> EvaluateSettings:
     """The run's own evaluation settings with some replaced; RecipeError for an unknown system."""
     update: dict[str, Any] = {} if rows is None else {"rows": rows}
     if against is not None:

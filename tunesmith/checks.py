@@ -7,10 +7,23 @@ from tunesmith.data.settings import DataSettings
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.types import Example
+from tunesmith.errors import NotFoundError
 from tunesmith.models.base import context_tokens, resolve_base
 
 
-def check_data(file: str, *, against: str | None = None, base: str = "starter", recipe: Path | None = None) -> CheckReport:
+def read_template(path: Path) -> str:
+    """The source of `data.template`."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise NotFoundError(
+            f"the chat template cannot be read: {error}", file=path, hint="check data.template"
+        ) from None
+
+
+def check_data(
+    file: str, *, against: str | None = None, base: str = "starter", recipe: Path | None = None
+) -> CheckReport:
     """What is in `file`, what is wrong with it, what would be trained. Torch is not needed."""
     settings: DataSettings | None = None
     if recipe is not None:
@@ -20,8 +33,8 @@ def check_data(file: str, *, against: str | None = None, base: str = "starter", 
         settings = loaded.data
         base = loaded.base if isinstance(loaded.base, str) else base
     folder = resolve_base(base)
-    template = ChatTemplate(Tokenizer.from_folder(folder))
-
+    source = read_template(Path(settings.template)) if settings and settings.template else None
+    template = ChatTemplate(Tokenizer.from_folder(folder), source=source)
     limit = (settings.max_tokens if settings else None) or context_tokens(folder)
 
     def count(examples: list[Example]) -> list[tuple[int, int]]:

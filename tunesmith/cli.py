@@ -4,13 +4,15 @@ Results go to standard output (with --json one JSON document and nothing else); 
 Exit codes: 0 done; 2 the input is at fault; 3 a gate or check said no; 1 our fault; 130 or 143 stopped by a signal.
 """
 
+import contextlib
+import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 
 from tunesmith.errors import Interrupted, TunesmithError
@@ -25,6 +27,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at data and prepare it.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+
+USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, or that of the copy of click inside newer typers
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 WorkspaceOption = Annotated[
@@ -46,7 +50,15 @@ def _say(text: str) -> None:
 
 
 def _show(result: Any, *, as_json: bool, text: Callable[[], str]) -> None:
-    print(json.dumps(result, ensure_ascii=False, indent=1) if as_json else text())
+    if not as_json:
+        print(text())
+        return
+    document = json.dumps(result, ensure_ascii=False, indent=1)
+    try:
+        document.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # a terminal without these characters, or a file name that is no UTF-8
+        document = json.dumps(result, indent=1)
+    print(document)
 
 
 @app.command()
@@ -92,7 +104,9 @@ def data_check(
 
 
 @data_app.command("prepare")
-def data_prepare(recipe: RecipeArgument, overrides: Set = None, workspace: WorkspaceOption = None, as_json: Json = False) -> None:
+def data_prepare(
+    recipe: RecipeArgument, overrides: Set = None, workspace: WorkspaceOption = None, as_json: Json = False
+) -> None:
     """Read, split, render and count the rows of a recipe; nothing is trained."""
     from tunesmith.api import prepare_data
     from tunesmith.models.load import load_model
@@ -106,7 +120,11 @@ def data_prepare(recipe: RecipeArgument, overrides: Set = None, workspace: Works
         "folder": str(prepared.folder),
         "digest": prepared.digest,
         "ledger": prepared.ledger,
-        "train": {"rows": len(prepared.train), "tokens": prepared.train.num_tokens, "targets": prepared.train.num_targets},
+        "train": {
+            "rows": len(prepared.train),
+            "tokens": prepared.train.num_tokens,
+            "targets": prepared.train.num_targets,
+        },
         "validation": {"rows": len(validation) if validation else 0},
     }
     _show(document, as_json=as_json, text=lambda: ledger_text(document))
@@ -151,7 +169,11 @@ def evaluate(
     settings = evaluation_settings(found, against=against, rows=rows)
     evaluation = run_evaluate(found, data=data, settings=settings, workspace=space, on_progress=_say)
     report = found.path / "report.html"
-    _show(evaluation.as_dict(), as_json=as_json, text=lambda: f"{evaluation_text(evaluation.document)}\n\nreport: {report}")
+    _show(
+        evaluation.as_dict(),
+        as_json=as_json,
+        text=lambda: f"{evaluation_text(evaluation.document)}\n\nreport: {report}",
+    )
 
 
 @app.command()
@@ -263,30 +285,51 @@ def _fail(message: str, hint: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def _tolerant_streams() -> None:
+    """Bytes that are no text come in marked, and characters that the terminal lacks go out as escapes."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def _run() -> int:
+    """Run the command that the arguments name; returns its status."""
+    command = typer.main.get_command(app)
+    try:
+        # not app(): it makes status 130 of every KeyboardInterrupt, and Interrupted is one that says more
+        with command.make_context("tunesmith", sys.argv[1:]) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    return 0
+
+
 def main() -> None:
     """Run a command and turn every foreseen error into two lines and an exit status."""
+    _tolerant_streams()
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        status = _run()
+        sys.stdout.flush()  # here, where a reader that is gone is no error
     except Interrupted as error:
         _say(f"\n{error.message}")
         _say(f"hint: {error.hint}")
-        sys.exit(128 + error.signal_number)
+        status = 128 + error.signal_number
     except TunesmithError as error:
         _fail(str(error), error.hint, 2)
-    except click.exceptions.NoArgsIsHelpError as error:
-        _say(error.format_message())
-        sys.exit(2)
-    except click.UsageError as error:
+    except USAGE_ERROR as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            _say(error.format_message())
+            sys.exit(2)
         where = f"{error.ctx.command_path} --help" if error.ctx else "tunesmith --help"
         _fail(error.format_message(), f"{where} shows how it is called", 2)
-    except click.ClickException as error:
-        _fail(error.format_message(), "", 2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _say("\nstopped")
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
+        with contextlib.suppress(OSError):  # what is still to be written at exit has no reader either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
 
 
 if __name__ == "__main__":

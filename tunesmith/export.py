@@ -23,11 +23,11 @@ def _probe_ids(contract: dict[str, Any]) -> list[list[int]]:
 
 def _logits(model: Model, contract: dict[str, Any]) -> list[torch.Tensor]:
     """Next-token logits at the end of every probe."""
+    import numpy as np
+
     from tunesmith.data.pack import build_pack
     from tunesmith.data.types import Sequence
     from tunesmith.models.readout import head_logits
-
-    import numpy as np
 
     found = []
     with torch.no_grad():
@@ -49,9 +49,7 @@ def _compare(expected: list[torch.Tensor], found: list[torch.Tensor], *, out: Pa
             )
 
 
-def export_merged(
-    model: Model, *, method: Method, template: ChatTemplate, contract: dict[str, Any], out: Path
-) -> None:
+def export_merged(model: Model, *, method: Method, template: ChatTemplate, contract: dict[str, Any], out: Path) -> None:
     """A plain transformers model: the adapter folded into the weights it was trained against."""
     expected = _logits(model, contract)
     method.merge(model)
@@ -61,9 +59,7 @@ def export_merged(
         _compare(expected, _logits(load_model(str(new)), contract), out=out)
 
 
-def export_peft(
-    model: Model, *, method: Method, template: ChatTemplate, contract: dict[str, Any], out: Path
-) -> None:
+def export_peft(model: Model, *, method: Method, template: ChatTemplate, contract: dict[str, Any], out: Path) -> None:
     """The adapter in PEFT's format, with the tokenizer and chat template it was trained with."""
     expected = _logits(model, contract)
     with new_folder(out) as new:

@@ -1,21 +1,26 @@
 """`tunesmith init`: a commented recipe that fits the data."""
 
 import itertools
-import json
 import re
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from tunesmith.data.formats import detect_form, examine, label_mapping
 from tunesmith.data.ledger import Problem
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources import read_rows
+from tunesmith.data.split import side
 from tunesmith.data.types import Example
 from tunesmith.errors import DataError, StorageError
+from tunesmith.registry.workspace import LATEST
 from tunesmith.storage import write_text
 
 SAMPLE_ROWS = 2_000
 LABEL_CHARACTERS = 40
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # the first that holds a row back and leaves one to train on is taken
+YAML_WORDS = {"yes", "no", "on", "off", "y", "n", "true", "false", "null"}
 
 RECIPE = """\
 # A recipe: everything that decides a run. Every setting has a vetted default; docs/recipe.md lists them all.
@@ -28,8 +33,7 @@ base: {base}              # 'starter' is built in (small, English); or a local f
 
 data:
   train: {train}
-  validation: 0.1            # this share of the rows chooses the best step and is never trained on
-  # test: FILE               # rows that only the evaluation sees; without it the validation rows are used
+{validation}  # test: FILE               # rows that only the evaluation sees; without it the validation rows are used
 {mapping}{limits}
 objective: {objective}
 method:
@@ -40,8 +44,7 @@ train:
   epochs: {epochs}
   learning_rate: {learning_rate}
   batch_rows: {batch_rows}              # rows an optimiser step; memory is bounded by micro_batch_tokens instead
-  patience: 3                # stop after this many validations without a new best
-
+{patience}
 evaluate:
 {evaluate}"""
 
@@ -54,15 +57,16 @@ def write_recipe(source: Path | None, *, out: Path, base: str = "starter") -> di
     if out.exists():
         raise StorageError("the file exists already", file=out, hint="choose another name with --out")
     found = _look(source) if source is not None else _Found(form="chat", rows=0)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", (source.name if source else out.name).split(".")[0]).strip("-._") or "run"
     train = _relative(source, out=out) if source else "FILE.jsonl"
     epochs = 3 if found.rows >= 1_500 else 6 if found.rows >= 300 else 10
     text = RECIPE.format(
-        shown=source or "FILE.jsonl",
-        out=out,
-        name=name,
-        base=base,
-        train=json.dumps(train, ensure_ascii=False) if not re.fullmatch(r"[\w./~-]+", train) else train,
+        shown=_quoted(str(source or train)),
+        out=_quoted(str(out)),
+        name=_quoted(_name(source or out)),
+        base=_quoted(base),
+        train=_quoted(train),
+        validation=found.validation_lines,
+        patience=found.patience_lines,
         mapping=found.mapping_lines,
         limits=found.bad_lines,
         objective="causal" if found.form == "text" else "instruction",
@@ -82,19 +86,33 @@ class _Found:
         self.form, self.rows, self.num_bad = form, rows, 0
         self.mapping: dict[str, str] = {}
         self.answers: list[str] = []
+        self.share: float | None = SHARES[0]
+
+    @property
+    def validation_lines(self) -> str:
+        if self.share is None:
+            return "  validation: null           # too few rows to hold some back\n"
+        return f"  validation: {self.share}            # this share chooses the best step and is never trained on\n"
+
+    @property
+    def patience_lines(self) -> str:
+        stop = "  patience: 3                # stop after this many validations without a new best\n"
+        return "" if self.share is None else stop
 
     @property
     def mapping_lines(self) -> str:
         if not self.mapping:
             return ""
-        lines = [f"    {key}: {column}" for key, column in self.mapping.items()]
+        lines = [f"    {key}: {_quoted(column)}" for key, column in self.mapping.items()]
         return "\n".join(["  mapping:                   # which column is what", *lines, ""])
 
     @property
     def bad_lines(self) -> str:
         if not self.num_bad:
             return "  # too_long: refuse         # or truncate, drop: what to do with rows over the context length\n"
-        return f"  bad_rows: drop             # {self.num_bad} of the first rows cannot be used; data check names them\n"
+        return (
+            f"  bad_rows: drop             # {self.num_bad} of the first rows cannot be used; data check names them\n"
+        )
 
     @property
     def kind(self) -> str:
@@ -124,7 +142,12 @@ class _Found:
     def why(self) -> str:
         if not self.rows:
             return "name your file under data.train"
-        answers = {"text": "plain text", "json": "answers in JSON", "label": "short answers", "prose": "answers in prose"}
+        answers = {
+            "text": "plain text",
+            "json": "answers in JSON",
+            "label": "short answers",
+            "prose": "answers in prose",
+        }
         bad = f", {self.num_bad} of them unusable" if self.num_bad else ""
         more = "the first " if self.rows >= SAMPLE_ROWS else ""
         return f"{more}{self.rows:,} rows of the form {self.form} ({answers[self.kind]}){bad}"
@@ -152,7 +175,26 @@ def _look(source: Path) -> _Found:
         raise first.as_error()
     found.num_bad = len(read) - len(examples) + sum(p.severity == "error" for p in problems)
     found.answers = [e.messages[-1].content for e in examples if e.messages]
+    found.share = next((share for share in SHARES if _splits(examples, share)), None)
     return found
+
+
+def _splits(examples: list[Example], share: float) -> bool:
+    """Whether both sides of the split have rows."""
+    return {side(e.prompt_key, shares={"validation": share}) for e in examples} == {"train", "validation"}
+
+
+def _name(path: Path) -> str:
+    """The run's name after a file: `support-tickets` after `Support tickets.jsonl`."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.name.split(".")[0]).strip("-._")[:64]
+    return name if name not in ("", LATEST) else "run"
+
+
+def _quoted(text: str) -> str:
+    """The text as it stands in YAML: in quotes where it would mean something else, a number for instance."""
+    if re.fullmatch(r"[A-Za-z/][\w./-]*", text, re.ASCII) and text.lower() not in YAML_WORDS:
+        return text
+    return yaml.safe_dump(text, default_style='"', width=float("inf")).rstrip("\n")
 
 
 def _relative(source: Path, *, out: Path) -> str:

@@ -8,6 +8,7 @@ import difflib
 import os
 import re
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +44,7 @@ def _name(value: str) -> str:
 class Recipe(BaseModel):
     """What a run is: base, data, objective, method, training and evaluation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Annotated[str, AfterValidator(_name)] = Field(default="run", description="the run's name")
     base: str | NewBase = Field(default="starter", description="`starter`, a local folder, or a hub name")
@@ -53,6 +54,13 @@ class Recipe(BaseModel):
     train: TrainSettings = Field(default_factory=TrainSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
 
+    def as_yaml(self) -> str:
+        """What was set, as a recipe that reads back to this one."""
+        values = self.model_dump(mode="json", exclude_unset=True) | {"name": self.name}
+        for section in ("method", "objective"):
+            values[section] = {"kind": getattr(self, section).kind} | values.get(section, {})
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
     @model_validator(mode="after")
     def _no_idle_setting(self) -> "Recipe":
         if self.data.validation is None:
@@ -60,8 +68,14 @@ class Recipe(BaseModel):
                 if getattr(self.train, name) is not None:
                     raise ValueError(f"train.{name} has no effect because data.validation is null")
         if isinstance(self.base, NewBase) and self.method.kind != "full":
-            raise ValueError(f"method '{self.method.kind}' tunes a pre-trained base, and this one is new: use method: full")
+            raise ValueError(
+                f"method '{self.method.kind}' tunes a pre-trained base, and this one is new: use method: full"
+            )
         return self
+
+
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxlist, SHORT.maxdict = 1, 3, 3
 
 
 class _Loader(yaml.SafeLoader):
@@ -105,7 +119,9 @@ def load_recipe(path: Path, *, overrides: list[str] | None = None) -> Recipe:
         hint = f"did you mean {path.parent / near[0]}?" if near else "write one with: tunesmith init --from FILE"
         raise NotFoundError("there is no such recipe", file=path, hint=hint) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe cannot be read: {error}", file=path, hint="a recipe is a UTF-8 YAML file") from error
+        raise RecipeError(
+            f"the recipe cannot be read: {error}", file=path, hint="a recipe is a UTF-8 YAML file"
+        ) from error
     return parse_recipe(text, file=path, overrides=overrides)
 
 
@@ -113,7 +129,7 @@ def parse_recipe(text: str, *, file: Path, overrides: list[str] | None = None) -
     """As `load_recipe`, from text; `file` names it in errors, and its folder is where relative paths start."""
     try:
         node = yaml.compose(text, Loader=_Loader)
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else None
@@ -121,7 +137,9 @@ def parse_recipe(text: str, *, file: Path, overrides: list[str] | None = None) -
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"no valid YAML: {error}", file=file, hint="a recipe is a YAML file") from error
     if not isinstance(value, dict):
-        raise RecipeError("a recipe is a mapping of sections", file=file, hint="it begins with base:, data:, method: ...")
+        raise RecipeError(
+            "a recipe is a mapping of sections", file=file, hint="it begins with base:, data:, method: ..."
+        )
     for override in overrides or []:
         _set(value, override)
     if isinstance(value.get("name"), type(None)):
@@ -146,17 +164,17 @@ def _set(value: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {name}: '{parent}' is no section", hint="see docs/recipe.md for the names")
         value = below
     try:
-        value[leaf] = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        value[leaf] = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"--set {name}: {text!r} is no YAML value", hint="quote it") from error
 
 
 def _recipe_error(error: ValidationError, *, value: Any, node: Any, file: Path) -> RecipeError:
     """The first complaint in our words, with its line, and how many more there are."""
-    found = error.errors()
+    complaints = error.errors()
     if isinstance(value.get("base"), dict):  # a new base: what is said of it as a text does not help
-        found = [e for e in found if e["loc"][:2] != ("base", "str")] or found
-    first = found[0]
+        complaints = [e for e in complaints if e["loc"][:2] != ("base", "str")] or complaints
+    first = complaints[0]
     tags = set(METHODS) | set(OBJECTIVES) | {"str", "NewBase", "float", "int"}
     path = [str(part) for i, part in enumerate(first["loc"]) if not (i == 1 and str(part) in tags)]
     path = [p for i, p in enumerate(path) if not (i > 0 and p in ("str", "float", "list[str]", "NewBase"))]
@@ -171,7 +189,7 @@ def _recipe_error(error: ValidationError, *, value: Any, node: Any, file: Path) 
         message = f"'{name}.kind' is missing; there are {', '.join(known)}"
         hint = f"write {name}: {next(iter(known))}, or {name}: {{kind: {next(iter(known))}, ...}}"
     elif first["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        message = f"{name}: a section with settings of its own is expected here (found {reprlib.repr(first['input'])})"
+        message = f"{name}: a section with settings of its own is expected here (found {SHORT.repr(first['input'])})"
     elif first["type"] == "union_tag_invalid":
         known = METHODS if path[0] == "method" else OBJECTIVES
         given = str(first.get("ctx", {}).get("tag", ""))
@@ -182,7 +200,7 @@ def _recipe_error(error: ValidationError, *, value: Any, node: Any, file: Path) 
         text = first["msg"].removeprefix("Value error, ")
         message = f"{name}: {text}" if name and not text.startswith(name) else text
     else:
-        found = f" (found {reprlib.repr(first['input'])})"
+        found = f" (found {SHORT.repr(first['input'])})"
         message = f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}{found}"
     more = error.error_count() - 1
     if more:
@@ -197,7 +215,8 @@ def _unknown(path: list[str], value: Any) -> tuple[str, str]:
     model: type[BaseModel] = Recipe
     if parents:
         section = parents[0]
-        kinds = {"method": METHODS, "objective": OBJECTIVES}.get(section)
+        registries: dict[str, Mapping[str, type[BaseModel]]] = {"method": METHODS, "objective": OBJECTIVES}
+        kinds = registries.get(section)
         if kinds is not None:
             given = value[section] if isinstance(value[section], str) else value[section].get("kind")
             model = kinds[given]
@@ -209,7 +228,7 @@ def _unknown(path: list[str], value: Any) -> tuple[str, str]:
                 )
         else:
             model = models.get(section, NewBase)
-    names = [n for n in model.model_fields]
+    names = list(model.model_fields)
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     elsewhere = [s for s, m in models.items() if key in m.model_fields]
     where = ".".join(parents) or "the recipe"

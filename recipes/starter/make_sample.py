@@ -34,7 +34,7 @@ MOST_ALIKE = 0.7  # of the 5-character shingles of two tickets, the share they m
 DESKS = {
     "ledger": [
         "{I was|We were|My card was} {charged|billed} <amount> {twice|two times} {for|in} <month>",
-        "{Invoice|Bill} <number> {says|lists|asks for} <amount>, but {our|my} plan costs <amount>",
+        "{Invoice|Bill} <number> {says|lists|asks for} <amount>, but {our|my} plan costs {less|half of that}",
         "{You|They} took <amount> from my {card|account} after I {cancelled|had cancelled|ended} the plan",
         "The {discount|yearly discount|voucher} is missing from {invoice|bill} <number>",
         "The tax on the {invoice|bill} {for|of} <month> {looks wrong|is wrong|does not add up}",

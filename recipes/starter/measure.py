@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from tunesmith.data.types import Example, Origin
+from tunesmith.data.pack import build_packs
 from tunesmith.data.template import ChatTemplate
+from tunesmith.data.types import Example, Origin
 from tunesmith.models.load import load_model
 from tunesmith.objectives.causal import Causal
-from tunesmith.data.pack import build_packs
-from tunesmith.train.loop import forward
 from tunesmith.tasks import minimal_pairs
+from tunesmith.train.loop import forward
 
 
 def bits_per_byte(model, texts: list[str]) -> float:

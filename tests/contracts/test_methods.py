@@ -257,7 +257,7 @@ def test_full_refuses_weights_that_are_not_all_there(build_model: BuildModel, tm
     whole = load_file(str(path))
     for name in ("model.layers.0.mlp.up_proj.weight", "lm_head.weight"):
         save_file({k: v for k, v in whole.items() if k != name}, str(path))
-        with pytest.raises(ModelError, match="do not fit") as error:
+        with pytest.raises(ModelError, match="the weights lack") as error:
             Full().load(build_model("llama", dtype=torch.float32), folder=tmp_path)
         assert error.value.hint
     with pytest.raises(ModelError):

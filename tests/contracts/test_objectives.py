@@ -1,5 +1,6 @@
 """What every objective promises: one row an objective, each with a reference of its own written down naively."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -192,7 +193,7 @@ def test_causal_windows_train_every_token_once_and_overlap_by_one(
     for window in windows:
         assert 2 <= len(window.tokens_T) <= max_tokens
         assert window.weight_T.tolist() == [0.0] + [1.0] * (len(window.tokens_T) - 1)
-    for a, b in zip(windows, windows[1:], strict=False):
+    for a, b in itertools.pairwise(windows):
         assert a.tokens_T[-1] == b.tokens_T[0]
         assert len(a.tokens_T) == max_tokens
     assert Causal().units(windows) == [[window] for window in windows]

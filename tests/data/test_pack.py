@@ -1,5 +1,7 @@
 """Packs against a reference that knows nothing of trees: every row's own tokens, one after the other."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -91,7 +93,7 @@ def test_rows_store_together_what_they_share_but_for_less_than_the_threshold(
     ordered = sorted(rows, key=lambda r: r.tokens_T.tolist())
     stored = sum(len(r.tokens_T) for r in rows)
     least_saved = 0
-    for a, b in zip(ordered, ordered[1:], strict=False):
+    for a, b in itertools.pairwise(ordered):
         shared = shared_length(a.tokens_T, b.tokens_T)
         least_saved += shared - min_shared + 1 if shared >= min_shared else 0
         stored -= shared
@@ -103,7 +105,7 @@ def test_a_prefix_at_the_threshold_is_stored_once(prefix_tokens: int) -> None:
     prefix = list(range(100, 100 + prefix_tokens))
     pack = build_pack([row([*prefix, last, last]) for last in (1, 2, 3)])
     assert len(pack.tokens_T) == prefix_tokens + 3 * 2
-    assert [(n.start, n.stop, n.end) for n in pack.nodes][0] == (0, prefix_tokens, len(pack.tokens_T))
+    assert next((n.start, n.stop, n.end) for n in pack.nodes) == (0, prefix_tokens, len(pack.tokens_T))
 
 
 def test_a_prefix_below_the_threshold_is_not_shared() -> None:

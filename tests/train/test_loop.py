@@ -163,7 +163,7 @@ def test_each_row_is_trained_once_an_epoch_in_an_order_of_its_own(make_fit: Make
     fit._packs = lambda units: (seen.append(units), original(units))[1]  # type: ignore[method-assign]
     fit.run()
     assert [len(s) for s in seen] == [4, 4, 2] * 3
-    epochs = [sum(seen[i : i + 3], []) for i in (0, 3, 6)]
+    epochs = [[unit for step in seen[i : i + 3] for unit in step] for i in (0, 3, 6)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(NUM_UNITS))] * 3
     assert epochs == [epoch_order(NUM_UNITS, seed=0, epoch=e).tolist() for e in range(3)]
     assert len({tuple(epoch) for epoch in epochs}) == 3
@@ -265,10 +265,10 @@ class PowerCut(BaseException):
 
 
 @pytest.fixture
-def cut_power(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], list[int]]]:
+def cut_power(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]]:
     """`cut_power(n)`: the n-th half of a rename of a file or folder never happens; even n: before it, odd n: after it.
 
-    Returns the count of halves so far; `cut_power(None)` only counts. Whatever would tidy up afterwards is dead as well.
+    Returns the count of halves so far; `cut_power(None)` only counts. What would tidy up afterwards is dead as well.
     """
     state: dict[str, Any] = {"at": None, "count": [0], "dead": False}
     originals = {"replace": os.replace, "unlink": os.unlink, "rmtree": shutil.rmtree}
@@ -300,7 +300,7 @@ def cut_power(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None]
         state.update(at=at, count=[0], dead=False)
         return state["count"]
 
-    yield arm
+    return arm
 
 
 def test_a_power_cut_at_any_rename_loses_nothing(

@@ -71,7 +71,9 @@ def check_contract(document: dict[str, Any], *, template: ChatTemplate, file: Pa
         example = Example(Origin(str(file), number), "chat", messages, tools=tuple(probe["tools"]))
         if _probe(template, example)["sequences"] != probe["sequences"]:
             raise TemplateError(
-                f"token contract broken: probe {number} no longer gives the ids it was trained with", file=file, hint=hint
+                f"token contract broken: probe {number} no longer gives the ids it was trained with",
+                file=file,
+                hint=hint,
             )
     if template.stop_ids() != document["stop_ids"]:
         raise TemplateError("token contract broken: other stop tokens than in training", file=file, hint=hint)

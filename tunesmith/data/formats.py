@@ -82,7 +82,8 @@ def _form_of(columns: set[str]) -> str | None:
 
 def label_mapping(value: dict[str, Any]) -> dict[str, str]:
     """The mapping that makes prompt and completion of a `labelled` row."""
-    return {"prompt": "text", "completion": next(column for column in LABEL_COLUMNS if column in value)}
+    column = next(column for column in LABEL_COLUMNS if column in value)
+    return {"prompt": "text", "completion": column if isinstance(value[column], str) else f"{{{column}}}"}
 
 
 def to_example(row: Row, *, settings: DataSettings) -> Example:

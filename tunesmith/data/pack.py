@@ -15,6 +15,7 @@ Shapes: T packed tokens, N targets, S sequences.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -56,9 +57,7 @@ class Pack:
         """The tree's nodes in depth-first order, read off the three vectors."""
         if len(self.tokens_T) == 0:
             return []
-        breaks = np.flatnonzero(
-            (self.end_T[1:] != self.end_T[:-1]) | (self.position_T[1:] != self.position_T[:-1] + 1)
-        )
+        breaks = np.flatnonzero((self.end_T[1:] != self.end_T[:-1]) | (self.position_T[1:] != self.position_T[:-1] + 1))
         starts = np.concatenate([[0], breaks + 1]).tolist()
         stops = np.concatenate([breaks + 1, [len(self.tokens_T)]]).tolist()
         return [Node(a, b, int(self.end_T[a])) for a, b in zip(starts, stops, strict=True)]
@@ -103,9 +102,7 @@ class _Builder:
         self.end: list[np.ndarray] = []
         self.num_tokens = 0
         self.paths: list[_Path | None] = [None] * len(sequences)
-        self.shared = [0] + [
-            shared_length(a.tokens_T, b.tokens_T) for a, b in zip(sequences, sequences[1:], strict=False)
-        ]
+        self.shared = [0] + [shared_length(a.tokens_T, b.tokens_T) for a, b in pairwise(sequences)]
         self.todo: list[Callable[[], None]] = []  # a stack instead of recursion: trees may be deep
 
     def build(self) -> None:
@@ -175,9 +172,7 @@ def build_pack(sequences: list[Sequence], *, min_shared: int = MIN_SHARED_TOKENS
     )
 
 
-def build_packs(
-    sequences: list[Sequence], *, max_tokens: int, min_shared: int = MIN_SHARED_TOKENS
-) -> Iterator[Pack]:
+def build_packs(sequences: list[Sequence], *, max_tokens: int, min_shared: int = MIN_SHARED_TOKENS) -> Iterator[Pack]:
     """Split sequences into packs of at most `max_tokens` computed tokens each (a longer sequence gets its own).
 
     Sequences with a common beginning stand beside each other in sorted order, so they meet in one pack.

@@ -292,7 +292,7 @@ class _Preparation:
 
     def _settle(self, writers: dict[str, TokenWriter]) -> None:
         """Refuse what may not be lost in silence."""
-        too_long = self.ledger.reasons.get("bad", {}).get("too_long", 0)
+        too_long = self.ledger.reasons["bad"]["too_long"] if "bad" in self.ledger.reasons else 0
         if self.errors and (self.settings.bad_rows == "refuse" or too_long):
             first = next((p for p in self.errors if p.kind == "too_long"), self.errors[0])
             first = self.errors[0] if self.settings.bad_rows == "refuse" else first
@@ -305,7 +305,9 @@ class _Preparation:
         if writers["train"].num_units == 0:
             source = self.settings.train_paths[0]
             raise DataError(
-                f"no row is left to train on: {self.ledger.summary()}", file=source, hint="give more rows, or hold out fewer"
+                f"no row is left to train on: {self.ledger.summary()}",
+                file=source,
+                hint="give more rows, or hold out fewer",
             )
         given = self.settings.validation
         asked = given is not None and given != DataSettings.model_fields["validation"].default

@@ -24,7 +24,18 @@ MAX_DEPTH = 100
 MAX_BITS = 4_096  # of a whole number
 SOURCE_CHARACTERS = 500_000
 UNSAFE_METHODS = {"format", "format_map", "ljust", "rjust", "center", "zfill", "expandtabs", "translate"}
-UNSAFE_FILTERS = ("center", "indent", "wordwrap", "format", "pprint", "urlize", "batch", "slice", "random", "filesizeformat")
+UNSAFE_FILTERS = (
+    "center",
+    "indent",
+    "wordwrap",
+    "format",
+    "pprint",
+    "urlize",
+    "batch",
+    "slice",
+    "random",
+    "filesizeformat",
+)
 UNSAFE_GLOBALS = ("lipsum", "cycler", "joiner")
 
 
@@ -177,9 +188,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             _refuse(f"uses '{operator}', which is not allowed")
         if operator == "*" and not (isinstance(left, numbers) and isinstance(right, numbers)):
             _refuse("multiplies text, which is not allowed")
-        if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
-            if self._size(left) + self._size(right) > MAX_SIZE:
-                _refuse("makes values that are too large")
+        if operator == "+" and self._size(left) + self._size(right) > MAX_SIZE:
+            _refuse("makes values that are too large")
         return self.measured(super().call_binop(context, operator, left, right))
 
 
@@ -231,4 +241,3 @@ def render_bounded(sandbox: Sandbox, template: jinja2.Template, names: dict[str,
             f"the chat template fails on this conversation: {what}", hint="check the row's roles and fields"
         ) from error
     return "".join(parts)
-

@@ -14,7 +14,7 @@ PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 class DataSettings(BaseModel):
     """What to read and how to treat it. Every default refuses rather than loses a row."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     train: str | list[str] = Field(
         description="The training rows: a file, a folder, a hub data set `owner/name:split`, or a list of these."

@@ -66,6 +66,8 @@ class ChatTemplate:
     def prompt(self, messages: list[Message], *, tools: tuple[dict[str, Any], ...] = ()) -> RenderedPrompt:
         """What the model is given to answer after `messages`: the same ids as in training."""
         guard = self._guard(messages, tools)
+        if any(0xD800 <= ord(c) <= 0xDFFF for m in messages for c in m.content):
+            raise TemplateError("the text holds half of a surrogate pair, which is no character", hint="mend the text")
         text = self.render(
             self._guarded(messages, guard), tools=self._guard_value(list(tools), guard), generation_prompt=True
         )
@@ -217,7 +219,9 @@ class ChatTemplate:
             return None
         guard = next((guard for guard in GUARDS if guard not in text), None)
         if guard is None:
-            raise TemplateError("the text holds every Unicode noncharacter", hint="take these characters out of the row")
+            raise TemplateError(
+                "the text holds every Unicode noncharacter", hint="take these characters out of the row"
+            )
         return guard
 
     def _guarded(self, messages: list[Message], guard: str | None) -> list[dict[str, Any]]:
@@ -241,4 +245,3 @@ class _Turn:
     full: str
     weight: float
     guard: str | None
-

@@ -62,7 +62,9 @@ class Example:
     def key(self) -> str:
         """32 hex digits: SHA-256 of what is trained and read, so the same content has the same key for ever."""
         content = [[m.role, m.content, m.weight, m.extra] for m in self.messages], self.text, self.tools
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        return hashlib.sha256(
+            json.dumps(content, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
+        ).hexdigest()[:32]
 
     @property
     def prompt_key(self) -> str:
@@ -70,7 +72,9 @@ class Example:
         if self.text is not None or not self.messages:
             return self.key
         content = [[m.role, m.content, m.extra] for m in self.messages[:-1]], self.tools
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        return hashlib.sha256(
+            json.dumps(content, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
+        ).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)

@@ -288,9 +288,10 @@ def _score(name: str, answers: Answers, *, references: list[str]) -> np.ndarray:
     if metric.reads == "text":
         assert answers.texts is not None
         return metric.score_rows(answers.texts, references)
-    units = answers.tokens_B if name == "perplexity" else np.array([max(1, len(r.encode())) for r in references])
-    keyword = "tokens" if name == "perplexity" else "bytes"
-    return metric.score_rows(negative_log_likelihood=answers.nll_B, **{keyword: units.astype(np.float64)})
+    if name == "perplexity":
+        return metric.score_rows(negative_log_likelihood=answers.nll_B, tokens=answers.tokens_B)
+    bytes_B = np.array([max(1, len(r.encode())) for r in references], dtype=np.float64)
+    return metric.score_rows(negative_log_likelihood=answers.nll_B, bytes=bytes_B)
 
 
 def _compared(name: str, rows: dict[str, np.ndarray], *, seed: int) -> dict[str, Any]:

@@ -6,14 +6,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from tunesmith.evaluate.metrics import METRICS
 
-
 RESOLVED = {"resolved": True}  # the validation context of recipes in which every default is spelled out
 
 
 class EvaluateSettings(BaseModel):
     """How base and tuned are compared. The first metric that is generated decides the verdict."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     metrics: tuple[str, ...] | None = Field(
         default=None, description="which metrics; by default what fits the answers (see docs/evaluation.md)"

@@ -8,7 +8,7 @@ from tunesmith.methods.base import Method
 from tunesmith.methods.full import Full
 from tunesmith.methods.lora import Lora
 
-METHODS: dict[str, type[Method]] = {"lora": Lora, "full": Full}
+METHODS: dict[str, type[Lora] | type[Full]] = {"lora": Lora, "full": Full}
 
 AnyMethod = Annotated[Lora | Full, Field(discriminator="kind")]
 

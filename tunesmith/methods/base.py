@@ -5,6 +5,7 @@ found by `requires_grad`, so the optimiser, checkpoints and counts need to know 
 """
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -18,16 +19,16 @@ from tunesmith.errors import ModelError
 from tunesmith.models.load import Model
 
 
-class Method(BaseModel):
+class Method(BaseModel, ABC):
     """Base of all methods: a frozen pydantic model with its knobs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     summary: ClassVar[str] = ""
     learning_rate: ClassVar[float] = 1e-4  # the vetted default when the recipe gives none
 
+    @abstractmethod
     def apply(self, model: Model, *, seed: int) -> None:
         """Insert modules and mark what is trained; everything else is frozen before. Deterministic by `seed`."""
-        raise NotImplementedError
 
     @contextlib.contextmanager
     def disabled(self, model: Model) -> Iterator[None]:
@@ -35,17 +36,17 @@ class Method(BaseModel):
         raise ModelError(f"method '{type(self).__name__.lower()}' keeps no base to go back to", hint="load the base")
         yield
 
+    @abstractmethod
     def merge(self, model: Model) -> None:
         """Fold what was inserted into the base weights and take it out: a plain model of the same shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def save(self, model: Model, *, folder: Path) -> None:
         """Write the tuned result: an adapter in PEFT's format, or a whole model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, model: Model, *, folder: Path) -> None:
         """Apply the method to a fresh base and read back what `save` wrote. Nothing is trainable afterwards."""
-        raise NotImplementedError
 
 
 def freeze(model: Model) -> None:

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, ValidationError
@@ -30,19 +30,49 @@ from tunesmith.models.load import Model
 PREFIX = "base_model.model."  # how PEFT names the base inside an adapter
 
 
+class _AddLowRank(torch.autograd.Function):
+    """out + s (x A^T) B^T, added in place: two small products and no further pass over the output.
+
+    out [..., D_out], x [..., D_in], A [r, D_in], B [D_out, r]; computed in the dtype of `out`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
+        x_TI = x.reshape(-1, x.shape[-1]).to(out.dtype)
+        down_TR = x_TI @ a_RI.to(out.dtype).T
+        out.view(-1, out.shape[-1]).addmm_(down_TR, b_OR.to(out.dtype).T, alpha=scaling)
+        ctx.mark_dirty(out)
+        ctx.save_for_backward(x_TI, down_TR, a_RI, b_OR)
+        ctx.scaling, ctx.shape, ctx.dtype = scaling, x.shape, x.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, down_TR, a_RI, b_OR = ctx.saved_tensors
+        grad_TO = gradients[0].reshape(-1, b_OR.shape[0])
+        grad_down_TR = (grad_TO @ b_OR.to(grad_TO.dtype)).mul_(ctx.scaling)
+        grad_a = (grad_down_TR.T @ x_TI).to(a_RI.dtype) if ctx.needs_input_grad[2] else None
+        grad_b = (grad_TO.T @ down_TR).mul_(ctx.scaling).to(b_OR.dtype) if ctx.needs_input_grad[3] else None
+        grad_x = None
+        if ctx.needs_input_grad[1]:
+            grad_x = (grad_down_TR @ a_RI.to(grad_TO.dtype)).view(ctx.shape).to(ctx.dtype)
+        return gradients[0], grad_x, grad_a, grad_b, None
+
+
 class LoraLinear(nn.Module):
     """A frozen linear layer with a low-rank update beside it."""
 
     def __init__(self, base: nn.Module, *, rank: int, scaling: float, dropout: float, generator: torch.Generator):
         super().__init__()
         transposed = isinstance(base, Conv1D)
-        rows, columns = base.weight.shape
+        weight = cast(Tensor, base.weight)
+        rows, columns = weight.shape
         num_out, num_in = (columns, rows) if transposed else (rows, columns)
         self.base, self.transposed, self.scaling, self.enabled = base, transposed, scaling, True
         bound = 1 / math.sqrt(num_in)  # kaiming_uniform(a=sqrt(5)), as the paper's code and PEFT have it
         start = torch.empty(rank, num_in).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(start.to(base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(num_out, rank, device=base.weight.device))
+        self.lora_A = nn.Parameter(start.to(weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(num_out, rank, device=weight.device))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,8 +80,7 @@ class LoraLinear(nn.Module):
         out = self.base(x)
         if not self.enabled:
             return out
-        update = nn.functional.linear(nn.functional.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        return out + (self.scaling * update).to(out.dtype)
+        return _AddLowRank.apply(out, self.dropout(x), self.lora_A, self.lora_B, self.scaling)
 
     def delta(self) -> Tensor:
         """The update in the base weight's own layout, float32 or wider."""
@@ -66,7 +95,9 @@ class Lora(Method):
     summary: ClassVar[str] = "a low-rank update beside frozen weights"
     learning_rate: ClassVar[float] = 5e-4
     rank: int = Field(default=16, ge=1, description="r, the rank of the update")
-    alpha: float | None = Field(default=None, gt=0, description="the update is scaled by alpha / rank; 2 * rank by default")
+    alpha: float | None = Field(
+        default=None, gt=0, description="the update is scaled by alpha / rank; 2 * rank by default"
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the update's input while training")
     rank_stabilised: bool = Field(default=False, description="scale by alpha / sqrt(rank)")
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
@@ -85,9 +116,7 @@ class Lora(Method):
         generator = torch.Generator().manual_seed(seed)
         for name in self._target_names(model):
             layer = model.causal.get_submodule(name)
-            lora = LoraLinear(
-                layer, rank=self.rank, scaling=self.scaling, dropout=self.dropout, generator=generator
-            )
+            lora = LoraLinear(layer, rank=self.rank, scaling=self.scaling, dropout=self.dropout, generator=generator)
             _replace(model.causal, name, lora)
 
     def _target_names(self, model: Model) -> list[str]:
@@ -119,7 +148,7 @@ class Lora(Method):
         """W0 + s B A, summed in float32 and stored in the base's dtype."""
         with torch.no_grad():
             for name, layer in _lora_layers(model):
-                weight = layer.base.weight
+                weight = cast(Tensor, layer.base.weight)
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 weight.copy_((weight.to(wide) + layer.delta().to(wide)).to(weight.dtype))
                 _replace(model.causal, name, layer.base)
@@ -157,7 +186,9 @@ class Lora(Method):
         expected = {f"{PREFIX}{name}.lora_{half}.weight" for name, _ in _lora_layers(model) for half in "AB"}
         if expected != set(tensors):
             odd = sorted(expected ^ set(tensors))[0]
-            raise ModelError(f"the adapter does not fit this base: {odd}", file=folder, hint="use the base it was made for")
+            raise ModelError(
+                f"the adapter does not fit this base: {odd}", file=folder, hint="use the base it was made for"
+            )
         with torch.no_grad():
             for name, layer in _lora_layers(model):
                 for half, own in (("A", layer.lora_A), ("B", layer.lora_B)):
@@ -200,7 +231,9 @@ def from_peft(folder: Path) -> Lora:
         )
     targets = config.get("target_modules")
     if not (targets == "all-linear" or (isinstance(targets, list) and all(isinstance(t, str) for t in targets))):
-        raise ModelError(f"target_modules is {targets!r}, no list of layers", file=path, hint="name the layers one by one")
+        raise ModelError(
+            f"target_modules is {targets!r}, no list of layers", file=path, hint="name the layers one by one"
+        )
     try:
         return Lora(
             rank=config["r"],

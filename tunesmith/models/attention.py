@@ -173,8 +173,10 @@ class PackAttention:
                 self.mask_mod(window=window), None, None, length, length, device=self.device
             )
 
+        cap = 0.0 if softcap is None else softcap
+
         def score_mod(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return softcap * torch.tanh(score / softcap)
+            return cap * torch.tanh(score / cap)
 
         out = _compiled_flex()(
             query,

@@ -22,10 +22,11 @@ SUPPORTED = {
     "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "phi3", "smollm3",
 }  # fmt: skip
 
+
 class NewBase(BaseModel):
     """A model made from a configuration, with random weights: the start of pre-training."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     config: str = Field(description="path of a config.json")
     tokenizer: str = Field(description="folder with tokenizer.json and tokenizer_config.json")
     seed: int = Field(default=0, description="seed of the initial weights")
@@ -96,7 +97,8 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise ModelError("no config.json here, so this is no model", file=path.parent, hint="name a model's folder")
+        hint = "name a model's folder"
+        raise ModelError("no config.json here, so this is no model", file=path.parent, hint=hint) from None
     except (ValueError, UnicodeDecodeError) as error:
         raise ModelError(f"config.json cannot be read: {error}", file=path, hint="restore the file") from error
     if not isinstance(config, dict):

@@ -24,12 +24,14 @@ from tunesmith.errors import ModelError
 from tunesmith.models.base import NewBase, context_of, digest_folder, read_config, resolve_base
 
 DROPOUTS = (
-    "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "resid_dropout", "summary_first_dropout",
+    "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "resid_dropout",
+    "summary_first_dropout",
 )  # fmt: skip
 
 
 LOADING_ERRORS = (
-    OSError, ValueError, LookupError, RuntimeError, TypeError, ArithmeticError, AttributeError, SafetensorError, StrictDataclassError,
+    OSError, ValueError, LookupError, RuntimeError, TypeError, ArithmeticError, AttributeError, SafetensorError,
+    StrictDataclassError,
 )  # fmt: skip
 
 
@@ -66,10 +68,8 @@ class Model:
     @property
     def layers(self) -> list[torch.nn.Module]:
         """The blocks, first to last."""
-        blocks = max(
-            (m for m in self.causal.base_model.children() if isinstance(m, torch.nn.ModuleList)), key=len, default=[]
-        )
-        return list(blocks)
+        lists = [list(m) for m in self.causal.base_model.children() if isinstance(m, torch.nn.ModuleList)]
+        return max(lists, key=len, default=[])
 
     def hidden(self, attention: Any) -> Tensor:
         """Hidden states [T, D] before the vocabulary head.
@@ -156,7 +156,7 @@ def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, dev
                     "no .safetensors weights here", file=folder, hint="convert the weights to safetensors first"
                 )
             try:
-                causal, report = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
                     folder,
                     output_loading_info=True,
                     attn_implementation=attention.NAME,
@@ -167,7 +167,10 @@ def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, dev
                     **overrides,
                 )
             except LOADING_ERRORS as error:
-                raise ModelError(f"the model cannot be loaded: {error}", file=folder, hint="restore its files") from error
+                raise ModelError(
+                    f"the model cannot be loaded: {error}", file=folder, hint="restore its files"
+                ) from error
+            causal, report = loaded
             _check_complete(report, folder)
     causal.to(device)
     if len(causal.get_input_embeddings().weight) < tokenizer.num_tokens:
@@ -184,7 +187,11 @@ def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, dev
 
 def _check_complete(report: dict[str, Any], folder: Path) -> None:
     """transformers makes missing weights up at random and leaves superfluous ones out; neither is a model."""
-    for name, words in (("missing_keys", "lack"), ("unexpected_keys", "hold the unknown"), ("mismatched_keys", "misfit")):
+    for name, words in (
+        ("missing_keys", "lack"),
+        ("unexpected_keys", "hold the unknown"),
+        ("mismatched_keys", "misfit"),
+    ):
         found = sorted(map(str, report.get(name) or []))
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""

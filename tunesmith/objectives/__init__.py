@@ -8,7 +8,7 @@ from tunesmith.objectives.base import Objective
 from tunesmith.objectives.causal import Causal
 from tunesmith.objectives.instruction import Instruction
 
-OBJECTIVES: dict[str, type[Objective]] = {"instruction": Instruction, "causal": Causal}
+OBJECTIVES: dict[str, type[Instruction] | type[Causal]] = {"instruction": Instruction, "causal": Causal}
 
 AnyObjective = Annotated[Instruction | Causal, Field(discriminator="kind")]
 

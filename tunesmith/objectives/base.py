@@ -6,8 +6,9 @@ divides once, so the loss does not depend on how rows were batched, packed, accu
 Shapes: N targets, S sequences.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -28,7 +29,8 @@ class Readout:
     num_sequences: int
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True)
+class Loss:
     """`sum` is differentiable; `metrics` are further (sum, count) pairs."""
 
     sum: Tensor
@@ -36,17 +38,15 @@ class Loss(NamedTuple):
     metrics: dict[str, tuple[float, float]]
 
 
-class Objective(BaseModel):
+class Objective(BaseModel, ABC):
     """Base of all objectives: a frozen pydantic model with its knobs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     summary: ClassVar[str] = ""
 
-    def sequences(
-        self, examples: list[Example], *, template: ChatTemplate, max_tokens: int
-    ) -> list[list[Sequence]]:
+    @abstractmethod
+    def sequences(self, examples: list[Example], *, template: ChatTemplate, max_tokens: int) -> list[list[Sequence]]:
         """For each example, what is read and trained. Raises TemplateError or DataError naming the row."""
-        raise NotImplementedError
 
     def units(self, sequences: list[Sequence]) -> list[list[Sequence]]:
         """How the sequences of one example are shuffled and counted as rows of a step: together."""
@@ -56,9 +56,9 @@ class Objective(BaseModel):
         """What the pack adds to the divisor, known before the forward pass."""
         return float(pack.weight_N.sum(dtype="float64"))
 
+    @abstractmethod
     def loss(self, readout: Readout, pack: Pack) -> Loss:
         """The pack's share of the sum. Pure."""
-        raise NotImplementedError
 
 
 @dataclass

@@ -23,9 +23,7 @@ class Causal(Objective):
     kind: Literal["causal"] = "causal"
     summary: ClassVar[str] = "continued pre-training on raw text"
 
-    def sequences(
-        self, examples: list[Example], *, template: ChatTemplate, max_tokens: int
-    ) -> list[list[Sequence]]:
+    def sequences(self, examples: list[Example], *, template: ChatTemplate, max_tokens: int) -> list[list[Sequence]]:
         """Windows of at most `max_tokens` tokens: begin-of-text, the text, end-of-text."""
         for example in examples:
             if example.text is None:

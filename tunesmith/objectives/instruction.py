@@ -21,9 +21,7 @@ class Instruction(Objective):
     kind: Literal["instruction"] = "instruction"
     summary: ClassVar[str] = "answer as the examples' assistant turns do"
 
-    def sequences(
-        self, examples: list[Example], *, template: ChatTemplate, max_tokens: int
-    ) -> list[list[Sequence]]:
+    def sequences(self, examples: list[Example], *, template: ChatTemplate, max_tokens: int) -> list[list[Sequence]]:
         """The rendered conversations; a row longer than `max_tokens` is returned whole and settled by the caller."""
         for example in examples:
             if not example.messages:

@@ -1,12 +1,13 @@
 """Checkpoints: safetensors and JSON, verified by hash, replaced only by what was read back.
 
-    checkpoints/step-000120/{state.safetensors, state.json}     state.json holds the SHA-256 of the tensors
+    checkpoints/step-000120/{state.safetensors, state.json}     state.json holds its own SHA-256 and the tensors'
     checkpoints/best/                                           the same, of the best validation loss
 
 A folder is filled beside its final name, synced and renamed. The two newest verified ones are kept; an older one is
 removed only after the new one was read back. `latest` falls back to the one before when the newest is damaged.
 """
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -34,8 +35,9 @@ def save(folder: Path, *, name: str, tensors: dict[str, Tensor], state: dict[str
             raise StorageError(
                 f"cannot write: {error}", file=target, hint="free some space, then run the same command with --resume"
             ) from error
-        body = state | {"sha256": sha256_file(new / TENSORS)}
-        (new / STATE).write_text(json.dumps(body, indent=1), "utf-8")
+        body = {"state": state, "tensors_sha256": sha256_file(new / TENSORS)}
+        sealed = body | {"sha256": _digest(body)}
+        (new / STATE).write_text(json.dumps(sealed, indent=1), "utf-8")
     verify(target)
     return target
 
@@ -43,13 +45,20 @@ def save(folder: Path, *, name: str, tensors: dict[str, Tensor], state: dict[str
 def verify(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint whose tensors hash as recorded; StorageError if it is damaged."""
     try:
-        state = json.loads((folder / STATE).read_text("utf-8"))
-        intact = state["sha256"] == sha256_file(folder / TENSORS)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"the checkpoint cannot be read: {error}", file=folder, hint="an older one is used") from error
+        body = json.loads((folder / STATE).read_text("utf-8"))
+        seal = body.pop("sha256")
+        intact = seal == _digest(body) and body["tensors_sha256"] == sha256_file(folder / TENSORS)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(
+            f"the checkpoint cannot be read: {error}", file=folder, hint="an older one is used"
+        ) from error
     if not intact:
         raise StorageError("the checkpoint's bytes are not those written", file=folder, hint="an older one is used")
-    return state
+    return body["state"]
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -64,13 +73,20 @@ def steps(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path, *, warn: Any) -> Path | None:
-    """The newest checkpoint that verifies; each damaged one is passed to `warn` as a sentence."""
+    """The newest checkpoint that verifies.
+
+    Each damaged one is told to `warn` as a sentence, and removed once a good one was found: its step will be saved again.
+    """
+    damaged = []
     for path in steps(folder):
         try:
             verify(path)
         except StorageError as error:
-            warn(f"{error}; the one before it is used")
+            warn(f"{error.file}: {error.message}; the one before it is used")
+            damaged.append(path)
         else:
+            for old in damaged:
+                shutil.rmtree(old)
             return path
     return None
 

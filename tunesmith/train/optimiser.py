@@ -41,7 +41,9 @@ class Optimiser:
                 {"params": [p for p in rest if p.ndim >= 2], "weight_decay": settings.weight_decay},
                 {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
             ]
-            self.optimisers.append(torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.99), fused=True))
+            self.optimisers.append(
+                torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.99), fused=True)
+            )
         if muon:
             self.optimisers.append(
                 torch.optim.Muon(muon, lr=0.0, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
@@ -74,5 +76,7 @@ class Optimiser:
         for full_name, value in tensors.items():
             name, _, key = full_name.rpartition("/")
             parameter = self.parameters[name]
-            keep_on_cpu = key == "step" and not value.device.type == "cuda"
-            owner[id(parameter)].state[parameter][key] = value.clone() if keep_on_cpu else value.to(parameter.device).clone()
+            keep_on_cpu = key == "step" and value.device.type != "cuda"
+            owner[id(parameter)].state[parameter][key] = (
+                value.clone() if keep_on_cpu else value.to(parameter.device).clone()
+            )

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class TrainSettings(BaseModel):
     """How a run trains. The defaults are the vetted setting."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     epochs: float = Field(default=3.0, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(default=None, ge=1, description="stop after this many optimiser steps at the latest")
@@ -22,16 +22,24 @@ class TrainSettings(BaseModel):
     weight_decay: float = Field(default=0.01, ge=0, description="decoupled decay of matrices; vectors never decay")
     clip: float | None = Field(default=1.0, gt=0, description="largest norm of the gradient; null: no clipping")
     batch_rows: int = Field(default=16, ge=1, description="rows an optimiser step, whatever the micro-batches")
-    micro_batch_tokens: int = Field(default=4096, ge=1, description="tokens computed at a time; bounds memory, not the result")
+    micro_batch_tokens: int = Field(
+        default=4096, ge=1, description="tokens computed at a time; bounds memory, not the result"
+    )
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the forward and backward pass")
     seed: int = Field(default=0, ge=0, description="of order, initial adapter weights and dropout")
-    checkpoint_every: int | None = Field(default=None, ge=1, description="optimiser steps; a tenth of the run by default")
+    checkpoint_every: int | None = Field(
+        default=None, ge=1, description="optimiser steps; a tenth of the run by default"
+    )
     validate_every: int | None = Field(default=None, ge=1, description="optimiser steps; a tenth of the run by default")
     patience: int | None = Field(default=None, ge=1, description="stop after this many validations without a new best")
-    gradient_checkpointing: bool = Field(default=False, description="recompute activations: less memory, a third slower")
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations: less memory, a third slower"
+    )
     compile: bool = Field(default=False, description="compile the blocks with torch.compile")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU where there is one")
-    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(default=(), description="send metrics there too")
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        default=(), description="send metrics there too"
+    )
 
     @model_validator(mode="after")
     def _warmup_is_share_or_count(self) -> "TrainSettings":

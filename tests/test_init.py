@@ -1,0 +1,191 @@
+"""`tunesmith init`: the recipe it writes can be read, means the file that was given, and fits what is in it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunesmith.data.formats import examine
+from tunesmith.data.sources import read_rows
+from tunesmith.data.split import side
+from tunesmith.data.types import Example
+from tunesmith.errors import DataError, NotFoundError, StorageError
+from tunesmith.evaluate.metrics import METRICS
+from tunesmith.init import write_recipe
+from tunesmith.recipe import Recipe, load_recipe
+
+ROWS = {
+    "chat": [
+        {
+            "messages": [
+                {"role": "user", "content": f"Where is parcel {i}?"},
+                {"role": "assistant", "content": "a " * 30},
+            ]
+        }
+        for i in range(30)
+    ],
+    "prompt_completion": [{"prompt": f"colour of {i}?", "completion": "red"} for i in range(30)],
+    "alpaca": [{"instruction": f"add 1 to {i}", "input": "", "output": f"{i + 1}"} for i in range(30)],
+    "sharegpt": [
+        {"conversations": [{"from": "human", "value": f"hello {i}"}, {"from": "gpt", "value": "hello"}]}
+        for i in range(30)
+    ],
+    "text": [{"text": f"Once upon a time there were {i} bears."} for i in range(30)],
+    "labelled": [{"text": f"ticket {i}", "label": "billing"} for i in range(30)],
+    "numbered": [{"text": f"ticket {i}", "label": i % 3} for i in range(30)],
+}
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def init(source: Path | None, *, out: Path, base: str = "starter") -> Recipe:
+    write_recipe(source, out=out, base=base)
+    return load_recipe(out)
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_every_row_is_usable_with_the_recipe_that_is_written(tmp_path, form):
+    source = write_rows(tmp_path / "rows.jsonl", ROWS[form])
+    recipe = init(source, out=tmp_path / "recipe.yaml")
+    assert recipe.name == "rows"
+    assert recipe.data.train_paths == [str(source)]
+    examples = [examine(row, settings=recipe.data) for row in read_rows(source, on_bad=pytest.fail)]
+    assert all(isinstance(example, Example) for example in examples)
+    assert recipe.objective.kind == ("causal" if form == "text" else "instruction")
+    assert (examples[0].text is not None) == (form == "text")
+    assert all(METRICS[name].reads == "likelihood" or form != "text" for name in recipe.evaluate.metrics)
+
+
+@pytest.mark.parametrize(
+    ("answer", "first"),
+    [('{"intent": "refund"}', "exact_match"), ("refund", "exact_match"), ("We are sorry to hear that. " * 3, "chrf")],
+)
+def test_the_metrics_fit_the_answers(tmp_path, answer, first):
+    rows = [{"prompt": f"ticket {i}", "completion": answer} for i in range(20)]
+    recipe = init(write_rows(tmp_path / "rows.jsonl", rows), out=tmp_path / "recipe.yaml")
+    assert recipe.evaluate.metrics[0] == first
+    assert ("json_fields" in recipe.evaluate.metrics) == answer.startswith("{")
+    assert recipe.evaluate.max_tokens >= 32
+
+
+def test_a_recipe_for_no_file_names_what_is_missing(tmp_path):
+    found = write_recipe(None, out=tmp_path / "my.yaml")
+    assert found["rows"] == 0
+    assert load_recipe(tmp_path / "my.yaml").data.train_paths == [str(tmp_path / "FILE.jsonl")]
+    assert load_recipe(tmp_path / "my.yaml").name == "my"
+
+
+def test_what_was_found_is_told(tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", [*ROWS["chat"], {"messages": []}])
+    found = write_recipe(source, out=tmp_path / "r.yaml")
+    assert found["recipe"] == str(tmp_path / "r.yaml")
+    assert (found["form"], found["rows"]) == ("chat", 31)
+    assert "1 of them unusable" in found["why"]
+    assert load_recipe(tmp_path / "r.yaml").data.bad_rows == "drop"
+
+
+def test_the_recipe_may_lie_elsewhere(tmp_path, monkeypatch):
+    source = write_rows(tmp_path / "rows.jsonl", ROWS["chat"])
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "recipes")
+    for out in (Path("a.yaml"), Path("../b.yaml"), tmp_path / "data" / "c.yaml"):
+        recipe = init(Path("../rows.jsonl"), out=out)
+        assert Path(recipe.data.train_paths[0]).resolve() == source.resolve()
+
+
+def test_the_base_is_the_one_asked_for(tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", ROWS["chat"])
+    base = tmp_path / "my: base #1"
+    base.mkdir()
+    assert init(source, out=tmp_path / "r.yaml", base=str(base)).base == str(base)
+    assert init(source, out=tmp_path / "s.yaml", base="owner/model").base == "owner/model"
+
+
+def test_comments_say_what_to_do_next(tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", ROWS["chat"])
+    write_recipe(source, out=tmp_path / "r.yaml")
+    text = (tmp_path / "r.yaml").read_text()
+    for command in ("data check", "train", "evaluate rows"):
+        assert f"tunesmith {command}" in text
+    assert set(yaml.safe_load(text)) == {"name", "base", "data", "objective", "method", "train", "evaluate"}
+
+
+def test_an_existing_file_is_kept(tmp_path):
+    (tmp_path / "r.yaml").write_text("mine")
+    with pytest.raises(StorageError, match="exists already"):
+        write_recipe(write_rows(tmp_path / "rows.jsonl", ROWS["chat"]), out=tmp_path / "r.yaml")
+    assert (tmp_path / "r.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{broken\n", '{"messages": []}\n', '{"unknown": "columns"}\n', "[1, 2]\n[3]\n"]
+)
+def test_a_file_without_a_usable_row_is_refused_and_nothing_is_written(tmp_path, content):
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(DataError) as caught:
+        write_recipe(tmp_path / "rows.jsonl", out=tmp_path / "r.yaml")
+    assert caught.value.hint
+    assert caught.value.file == str(tmp_path / "rows.jsonl")
+    assert not (tmp_path / "r.yaml").exists()
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    write_rows(tmp_path / "tickets.jsonl", ROWS["chat"])
+    with pytest.raises(NotFoundError) as caught:
+        write_recipe(tmp_path / "ticket.jsonl", out=tmp_path / "r.yaml")
+    assert "tickets.jsonl" in caught.value.hint
+
+
+@pytest.mark.parametrize("count", [*range(2, 12), 30, 200])
+def test_the_validation_share_holds_rows_and_leaves_some(tmp_path, count):
+    rows = [{"prompt": f"question {i}", "completion": "yes"} for i in range(count)]
+    source = write_rows(tmp_path / f"{count}.jsonl", rows)
+    recipe = init(source, out=tmp_path / "r.yaml")
+    examples = [examine(row, settings=recipe.data) for row in read_rows(source, on_bad=pytest.fail)]
+    sides = {side(example.prompt_key, shares=recipe.data.shares) for example in examples}
+    assert sides == ({"train", "validation"} if recipe.data.validation is not None else {"train"})
+    assert (recipe.train.patience is None) == (recipe.data.validation is None)
+
+
+@pytest.fixture(scope="session")
+def anywhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("names")
+
+
+NAMES = (
+    st.sampled_from(
+        ["123", "no", "true", "null", "~", "1e5", "2024-01-01", "latest", "a" * 90, "- a", "a: b", "a #b", "'", '"']
+    )
+    | st.text(min_size=1, max_size=12)
+    | st.text(alphabet="ab-._ :#'\"{}[]&*!|>%@`,?\n\t", min_size=1, max_size=8)
+).filter(
+    lambda name: (
+        "/" not in name and "\0" not in name and name not in (".", "..") and len(name.encode("utf-8", "replace")) < 200
+    )
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=NAMES, suffix=st.sampled_from([".jsonl", ""]))
+def test_a_file_may_have_any_name(anywhere, name, suffix):
+    source = anywhere / (name + suffix)
+    try:
+        write_rows(source, ROWS["alpaca"])
+        next(iter(read_rows(source, on_bad=pytest.fail)))
+    except (UnicodeEncodeError, DataError):  # no name of a file, or one of a kind that is not read
+        return
+    out = anywhere / "recipe.yaml"
+    try:
+        recipe = init(source, out=out)
+    finally:
+        out.unlink(missing_ok=True)
+        source.unlink()
+    assert recipe.data.train_paths == [str(source)]
+    assert recipe.base == "starter"
