@@ -1,6 +1,7 @@
 """`tunesmith init`: the recipe it writes can be read, means the file that was given, and fits what is in it."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -149,9 +150,14 @@ def test_the_validation_share_holds_rows_and_leaves_some(tmp_path, count):
     source = write_rows(tmp_path / f"{count}.jsonl", rows)
     recipe = init(source, out=tmp_path / "r.yaml")
     examples = [examine(row, settings=recipe.data) for row in read_rows(source, on_bad=pytest.fail)]
-    sides = {side(example.prompt_key, shares=recipe.data.shares) for example in examples}
-    assert sides == ({"train", "validation"} if recipe.data.validation is not None else {"train"})
-    assert (recipe.train.patience is None) == (recipe.data.validation is None)
+    sides = Counter(side(example.prompt_key, shares=recipe.data.shares) for example in examples)
+    if recipe.data.validation is None:
+        assert count < 12
+        assert recipe.train.patience is None  # it would have no effect
+    else:
+        assert sides["validation"] >= 2  # one row cannot be evaluated
+        assert sides["train"] >= 1
+        assert recipe.train.patience == 3
 
 
 @pytest.fixture(scope="session")

@@ -446,6 +446,11 @@ def evaluate(
     recipe = run.recipe
     base = load_model(recipe.base, device=str(tuned.model.device)) if recipe.method.kind == "full" else tuned.model
     prepared = prepare_data(recipe, model=tuned.model, workspace=workspace)
+    if data is None and prepared.files != run.resolved["hashes"]["files"]:
+        raise DataError(
+            f"the data files changed since {run.name} was trained, so its held-out rows may no longer be held out",
+            hint="put the files back, or give rows to evaluate on: --data FILE",
+        )
     name, examples = _held_out(prepared, recipe, data)
     shots: tuple[Example, ...] = ()
     if "few_shot" in settings.against:

@@ -19,7 +19,7 @@ from tunesmith.storage import write_text
 
 SAMPLE_ROWS = 2_000
 LABEL_CHARACTERS = 40
-SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # the first that holds a row back and leaves one to train on is taken
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # the smallest that holds rows back is taken
 YAML_WORDS = {"yes", "no", "on", "off", "y", "n", "true", "false", "null"}
 
 RECIPE = """\
@@ -180,8 +180,9 @@ def _look(source: Path) -> _Found:
 
 
 def _splits(examples: list[Example], share: float) -> bool:
-    """Whether both sides of the split have rows."""
-    return {side(e.prompt_key, shares={"validation": share}) for e in examples} == {"train", "validation"}
+    """Whether the split leaves a row to train on and holds back two, the fewest that can be evaluated."""
+    held = sum(side(e.prompt_key, shares={"validation": share}) == "validation" for e in examples)
+    return 2 <= held < len(examples)
 
 
 def _name(path: Path) -> str:
@@ -200,6 +201,7 @@ def _quoted(text: str) -> str:
 def _relative(source: Path, *, out: Path) -> str:
     """The file as the recipe, which lies at `out`, has to name it."""
     try:
-        return str(source.absolute().relative_to(out.absolute().parent))
+        name = str(source.absolute().relative_to(out.absolute().parent))
     except ValueError:
         return str(source.absolute())
+    return f"./{name}" if name.startswith("~") or not name.strip() else name

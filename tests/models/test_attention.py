@@ -13,7 +13,6 @@ from torch import Tensor
 
 from tunesmith.data.pack import Pack, build_pack
 from tunesmith.data.types import Sequence
-from tunesmith.errors import ModelError
 from tunesmith.models.attention import PackAttention
 from tunesmith.models.load import Model
 from tunesmith.models.readout import target_logprobs
@@ -243,34 +242,33 @@ def test_scores_far_apart_between_the_pieces_lose_nothing() -> None:
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
 
 
-def test_positions_that_depend_on_the_longest_row_do_not_leak_into_others(build_model: BuildModel) -> None:
-    """Some rotary embeddings change with the longest position they are called with: a row's loss must not."""
-    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "original_max_position_embeddings": 16,
-        "factor": 8.0,
-        **factors,
-    }
-    try:
-        model = build_model("phi3", sliding_window=None, rope_parameters=rope, original_max_position_embeddings=16)
-    except ModelError:
-        return  # refusing such a base is as good
-    random = np.random.default_rng(3)
-    rows = [
-        Sequence(random.integers(6, 262, n).astype(np.int32), np.r_[0, np.ones(n - 1)].astype(np.float32))
-        for n in (10, 40)
-    ]
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text", "phi3"])
+def test_recomputed_activations_give_the_same_gradients(
+    architecture: str, build_model: BuildModel, tree_pack: Pack
+) -> None:
+    model = build_model(architecture)
+    model.causal.train()
+    loss, gradients = loss_and_gradients(model, [tree_pack])
+    model.causal.gradient_checkpointing_enable({"use_reentrant": False})
+    again, again_gradients = loss_and_gradients(model, [tree_pack])
+    assert again == pytest.approx(loss, rel=1e-12)
+    assert_same_gradients(gradients, again_gradients, tolerance=1e-11)
 
-    def loss(pack: Pack) -> float:
-        return float(forward(model, pack, objective=Instruction()).sum.detach())
 
-    assert loss(build_pack(rows)) == pytest.approx(sum(loss(build_pack([row])) for row in rows), rel=1e-9)
+def test_mixed_precision_stays_close(architecture: str, build_model: BuildModel, tree_pack: Pack) -> None:
+    model = build_model(architecture, dtype=torch.float32)
+    expected, expected_gradients = loss_and_gradients(model, [tree_pack])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = loss_and_gradients(model, [tree_pack])
+    assert loss == pytest.approx(expected, rel=0.02)
+    whole, expected_whole = (torch.cat([g.flatten() for g in gs.values()]) for gs in (gradients, expected_gradients))
+    assert whole.dtype == torch.float32
+    assert float((whole - expected_whole).norm()) <= 0.2 * float(expected_whole.norm())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
-def test_an_adapter_under_no_grad_and_with_grad_reads_the_same(
+def test_with_and_without_gradients_the_loss_is_the_same(
     architecture: str, build_model: BuildModel, tree_pack: Pack
 ) -> None:
     model = build_model(architecture)

@@ -182,8 +182,19 @@ def test_configurations_that_make_no_sense_are_refused(copied: Path, changes: di
 
 
 def test_a_model_that_sees_what_comes_after_is_refused(build_model: BuildModel) -> None:
-    with pytest.raises(ModelError, match="bidirectional"):
+    with pytest.raises(ModelError, match="looks ahead"):
         build_model("gemma3_text", use_bidirectional_attention=True)
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_longest_row_are_refused(copied: Path, key: str, kind: str) -> None:
+    """A row's loss would depend on the rows packed beside it."""
+    config = json.loads((copied / "config.json").read_text("utf-8"))
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 8.0}
+    content = {k: v for k, v in config.items() if k != "rope_parameters"} | {key: rope}
+    (copied / "config.json").write_text(json.dumps(content), "utf-8")
+    refused(copied, ModelError, "longest row")
 
 
 # What is missing or damaged

@@ -86,10 +86,29 @@ class Evaluation:
         write_json(folder / "evaluation.json", value=self.document)
 
 
-def asked(example: Example) -> tuple[list[Message], str]:
-    """The messages before the last assistant turn, and that turn's text."""
+def asked(example: Example) -> tuple[list[Message], Message]:
+    """The messages before the last assistant turn, and that turn."""
     last = max(i for i, m in enumerate(example.messages) if m.role == "assistant")
-    return list(example.messages[:last]), example.messages[last].content
+    return list(example.messages[:last]), example.messages[last]
+
+
+def reference_of(example: Example, *, template: ChatTemplate) -> str:
+    """What should be answered, as text: a turn's content, a tool call as the template writes it, or the plain text."""
+    if example.text is not None:
+        return example.text
+    messages, answer = asked(example)
+    if not answer.extra:
+        return answer.content
+    sequence = template.sequences([_only_last(example, messages)])[0][-1]
+    return template.tokenizer.decode(sequence.tokens_T[sequence.weight_T > 0].tolist())
+
+
+def _only_last(example: Example, prompt: list[Message]) -> Example:
+    """The row with this prompt, in which the last assistant turn alone is trained."""
+    read = tuple(Message(m.role, m.content, 0.0, m.extra) for m in prompt)
+    answer = asked(example)[1]
+    trained = Message(answer.role, answer.content, 1.0, answer.extra)
+    return Example(example.origin, "chat", (*read, trained), tools=example.tools)
 
 
 def prompt_messages(example: Example, *, shots: tuple[Example, ...], plain: bool) -> list[Message]:
@@ -98,13 +117,13 @@ def prompt_messages(example: Example, *, shots: tuple[Example, ...], plain: bool
     if not shots:
         return messages
     if plain:
-        shown = "\n\n".join(f"{asked(s)[0][-1].content}\n{asked(s)[1]}" for s in shots)
+        shown = "\n\n".join(f"{asked(s)[0][-1].content}\n{asked(s)[1].content}" for s in shots)
         return [*messages[:-1], Message("user", f"{shown}\n\n{messages[-1].content}")]
     lead = [m for m in messages[:1] if m.role == "system"]
     turns: list[Message] = []
     for shot in shots:
         before, answer = asked(shot)
-        turns += [m for m in before if m.role != "system"] + [Message("assistant", answer)]
+        turns += [m for m in before if m.role != "system"] + [answer]
     return lead + turns + messages[len(lead) :]
 
 
@@ -112,7 +131,7 @@ def default_metrics(examples: list[Example]) -> tuple[str, ...]:
     """What fits the answers: JSON, short labels, or prose. The first one decides the verdict."""
     if examples[0].text is not None:
         return ("bits_per_byte", "perplexity")
-    answers = [asked(e)[1].strip() for e in examples]
+    answers = [asked(e)[1].content.strip() for e in examples]
     if all(a.startswith(("{", "[")) for a in answers):
         return ("exact_match", "json_fields", "json_valid", "perplexity")
     if np.mean([len(a) for a in answers]) <= SHORT_ANSWER_CHARACTERS:
@@ -124,11 +143,16 @@ def choose_shots(
     train: Iterator[Example], *, count: int, seed: int, template: ChatTemplate, examples: list[Example], room: int
 ) -> tuple[Example, ...]:
     """At most `count` training examples, drawn by `seed`, such that every row still fits into `room` tokens."""
-    pool = [e for e in train if e.messages]
-    if not pool or examples[0].text is not None:
+    if examples[0].text is not None:
         return ()
-    order = np.random.default_rng(seed).permutation(len(pool))[:count]
-    shots = tuple(pool[i] for i in order)
+    random = np.random.default_rng(seed)
+    drawn: list[Example] = []
+    for number, example in enumerate(train):  # reservoir sampling: memory does not grow with the rows
+        if len(drawn) < count:
+            drawn.append(example)
+        elif (place := int(random.integers(0, number + 1))) < count:
+            drawn[place] = example
+    shots = tuple(drawn)
     while shots:
         longest = max(
             len(template.prompt(prompt_messages(e, shots=shots, plain=template.plain), tools=e.tools).ids)
@@ -161,8 +185,12 @@ def evaluate_systems(
     """
     fitting = _fitting(examples, systems=systems, template=template)
     kept = _drawn(fitting, settings=settings)
-    if not kept:
-        raise DataError("no held-out row fits into the model's context", hint="set evaluate.max_tokens lower")
+    if len(kept) < 2:
+        found = "no held-out row" if not kept else "one held-out row alone"
+        raise DataError(
+            f"{found} fits into the model's context, and one row says nothing about luck",
+            hint="give more or shorter rows: --data FILE",
+        )
     names = settings.metrics or default_metrics(kept)
     _check_metrics(names, kept)
     generated = any(METRICS[name].reads == "text" for name in names)
@@ -173,7 +201,7 @@ def evaluate_systems(
             answers[system.name] = _answer(
                 system, kept, template=template, objective=objective, settings=settings, generated=generated
             )
-    references = [e.text if e.text is not None else asked(e)[1] for e in kept]
+    references = [reference_of(e, template=template) for e in kept]
     scores = {name: {s: _score(name, a, references=references) for s, a in answers.items()} for name in names}
     metrics = {name: _compared(name, rows, seed=settings.seed) for name, rows in scores.items()}
     document = _document(
@@ -191,8 +219,7 @@ def _fitting(examples: list[Example], *, systems: list[System], template: ChatTe
     for example in examples:
         if example.text is None:
             messages = prompt_messages(example, shots=shots, plain=template.plain)
-            answer = Message("assistant", asked(example)[1])
-            whole = Example(example.origin, "chat", (*messages, answer), tools=example.tools)
+            whole = _only_last(example, messages)
             if max(len(s.tokens_T) for s in template.sequences([whole])[0]) > limit:
                 continue
         kept.append(example)
@@ -257,9 +284,7 @@ def _likelihood(
         if example.text is not None:
             found = objective.sequences([example], template=template, max_tokens=model.context_tokens)[0]
         else:
-            read = tuple(Message(m.role, m.content, 0.0, m.extra) for m in prompt)
-            answer = Message("assistant", asked(example)[1])
-            found = template.sequences([Example(example.origin, "chat", (*read, answer), tools=example.tools)])[0]
+            found = template.sequences([_only_last(example, prompt)])[0]
         sequences += [Sequence(s.tokens_T, s.weight_T, row) for s in found]
     nll_B, tokens_B = np.zeros(len(examples)), np.zeros(len(examples))
     was_training = model.causal.training
