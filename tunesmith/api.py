@@ -6,6 +6,7 @@ print(tunesmith.load(run).generate("Where is my parcel?"))
 """
 
 import contextlib
+import datetime
 import json
 import platform
 import signal
@@ -98,10 +99,13 @@ def device_of(settings: TrainSettings) -> str:
     return "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def template_of(model: Model, recipe: Recipe) -> ChatTemplate:
-    """The recipe's chat template, or the model's own."""
+def template_of(model: Model, recipe: Recipe, *, run: Path | None = None) -> ChatTemplate:
+    """The recipe's chat template, or the model's own; with the date of `run`, where a run goes on or is used."""
+    today = None
+    if run is not None and (run / CONTRACT).is_file():
+        today = datetime.date.fromisoformat(read_json(run / CONTRACT)["today"])
     if recipe.data.template is None:
-        return ChatTemplate(model.tokenizer)
+        return ChatTemplate(model.tokenizer, today=today)
     path = Path(recipe.data.template)
     try:
         source = path.read_text("utf-8")
@@ -110,11 +114,16 @@ def template_of(model: Model, recipe: Recipe) -> ChatTemplate:
             f"the chat template cannot be read: {error}", file=path, hint="check data.template"
         ) from None
     model.tokenizer.chat_template = source
-    return ChatTemplate(model.tokenizer)
+    return ChatTemplate(model.tokenizer, today=today)
 
 
 def prepare_data(
-    recipe: Recipe, *, model: Model, workspace: Workspace, on_rows: Callable[[int], None] = lambda rows: None
+    recipe: Recipe,
+    *,
+    model: Model,
+    workspace: Workspace,
+    template: ChatTemplate | None = None,
+    on_rows: Callable[[int], None] = lambda rows: None,
 ) -> Prepared:
     """Read, split, render and count the recipe's rows (from the cache where nothing changed)."""
     limit = model.context_tokens
@@ -127,7 +136,7 @@ def prepare_data(
     return prepare(
         recipe.data,
         objective=recipe.objective,
-        template=template_of(model, recipe),
+        template=template or template_of(model, recipe),
         max_tokens=recipe.data.max_tokens or limit,
         cache=workspace.cache,
         on_rows=on_rows,
@@ -162,10 +171,13 @@ def tune(
     observer = observer or Silent()
     with _Signals() as signals:
         model = load_model(recipe.base, device=device_of(recipe.train))
-        prepared = prepare_data(recipe, model=model, workspace=workspace)
-        template = ChatTemplate(model.tokenizer)
+        before = _find_unfinished(workspace, recipe) if resume else None
+        template = template_of(model, recipe, run=before)
+        prepared = prepare_data(recipe, model=model, workspace=workspace, template=template)
         resolved = _resolved(recipe, model=model, prepared=prepared, template=template)
-        folder = _find_unfinished(workspace, recipe, resolved) if resume else workspace.new_run(recipe.name)
+        if before is not None:
+            _check_unchanged(before, resolved)
+        folder = before or workspace.new_run(recipe.name)
         _write_start(folder, recipe, resolved, prepared=prepared, template=template)
         index = index_of(workspace)
         _record_start(index, folder, recipe, model=model, prepared=prepared)
@@ -261,25 +273,26 @@ def _resolved(recipe: Recipe, *, model: Model, prepared: Prepared, template: Cha
     }
 
 
-def _find_unfinished(workspace: Workspace, recipe: Recipe, resolved: dict[str, Any]) -> Path:
-    """The newest unfinished run of this recipe; RecipeError where something changed in between."""
+def _find_unfinished(workspace: Workspace, recipe: Recipe) -> Path:
+    """The newest unfinished run of this recipe."""
     for folder in workspace.run_folders():
         summary = read_json(folder / "run.json")
-        if summary.get("name") != recipe.name or summary.get("state") == "finished":
-            continue
-        if not (folder / "resolved.json").is_file():
-            continue
-        before = read_json(folder / "resolved.json")
-        same = before["recipe"] == resolved["recipe"] and before["hashes"] == resolved["hashes"]
-        if not same:
-            parts = [k for k in ("recipe", "hashes") if before[k] != resolved[k]]
-            names = [f"{p}.{k}" for p in parts for k in resolved[p] if before[p].get(k) != resolved[p][k]]
-            raise RecipeError(
-                f"the unfinished run {folder.name} was made from something else: {', '.join(names)} changed",
-                hint="put it back as it was, or train a new run without --resume",
-            )
-        return folder
+        started = (folder / "resolved.json").is_file() and (folder / CONTRACT).is_file()
+        if summary.get("name") == recipe.name and summary.get("state") != "finished" and started:
+            return folder
     raise NotFoundError(f"there is no unfinished run of '{recipe.name}' to resume", hint="leave --resume out")
+
+
+def _check_unchanged(folder: Path, resolved: dict[str, Any]) -> None:
+    """RecipeError where the unfinished run was made from another recipe, other data or another base."""
+    before = read_json(folder / "resolved.json")
+    parts = [part for part in ("recipe", "hashes") if before[part] != resolved[part]]
+    names = [f"{part}.{k}" for part in parts for k in resolved[part] if before[part].get(k) != resolved[part][k]]
+    if names:
+        raise RecipeError(
+            f"the unfinished run {folder.name} was made from something else: {', '.join(names)} changed",
+            hint="put it back as it was, or train a new run without --resume",
+        )
 
 
 def _write_start(
@@ -411,9 +424,10 @@ def load(run: Run | Path | str, *, workspace: Workspace | None = None, device: s
         if template_path.is_file():
             model.tokenizer.chat_template = template_path.read_text("utf-8")
     model.causal.eval()
-    template = ChatTemplate(model.tokenizer)
     contract = run.path / CONTRACT
-    check_contract(read_json(contract), template=template, file=contract)
+    document = read_json(contract)
+    template = ChatTemplate(model.tokenizer, today=datetime.date.fromisoformat(document["today"]))
+    check_contract(document, template=template, file=contract)
     return Tuned(run, model, template, method)
 
 
@@ -445,7 +459,7 @@ def evaluate(
     tuned = load(run, workspace=workspace)
     recipe = run.recipe
     base = load_model(recipe.base, device=str(tuned.model.device)) if recipe.method.kind == "full" else tuned.model
-    prepared = prepare_data(recipe, model=tuned.model, workspace=workspace)
+    prepared = prepare_data(recipe, model=tuned.model, workspace=workspace, template=tuned.template)
     if data is None and prepared.files != run.resolved["hashes"]["files"]:
         raise DataError(
             f"the data files changed since {run.name} was trained, so its held-out rows may no longer be held out",

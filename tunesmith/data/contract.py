@@ -30,6 +30,7 @@ def write_contract(folder: Path, *, template: ChatTemplate, examples: list[Examp
         "template": template.source,
         "template_sha256": hashlib.sha256(template.source.encode()).hexdigest(),
         "plain": template.plain,
+        "today": template.today.isoformat(),
         "stop_ids": template.stop_ids(),
         "probes": [_probe(template, example) for example in probes],
     }

@@ -123,7 +123,7 @@ def prepare(
         "files": files,
         "settings": settings.model_dump(mode="json"),
         "objective": objective.model_dump(),
-        "template": template.source,
+        "template": template.identity,
         "tokenizer": template.tokenizer.digest,
         "max_tokens": max_tokens,
         "code": code_digest(),

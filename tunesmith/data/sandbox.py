@@ -94,7 +94,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     code_generator_class = _BoundedCode
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def __init__(self) -> None:
+    def __init__(self, *, today: datetime.date) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
         self.steps, self.deadline = 0, float("inf")
         self.sizes: dict[int, tuple[Any, int, int]] = {}
@@ -105,7 +105,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _tojson
         self.filters = {name: self._measured(function) for name, function in self.filters.items()}
         self.globals["raise_exception"] = _raise
-        self.globals["strftime_now"] = lambda text: datetime.datetime.now().strftime(text)
+        midnight = datetime.datetime.combine(today, datetime.time())
+        self.globals["strftime_now"] = midnight.strftime  # a template that writes the date writes the same one for ever
         self.globals["range"] = self._range
         self.concat = self.joined  # type: ignore[method-assign]
 

@@ -13,6 +13,7 @@ inference, are a prefix of what is trained: by construction, for every row.
 Templates are data from strangers: they run in jinja2's immutable sandbox, with bounds on work and on output.
 """
 
+import datetime
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,18 +44,25 @@ class ChatTemplate:
     """Renders conversations and says what is trained in them.
 
     `source` is a jinja2 chat template; without one, prompt and completion are joined as plain text and ended by the
-    tokenizer's end-of-text token (`plain` is then true), and real conversations are refused.
+    tokenizer's end-of-text token (`plain` is then true), and real conversations are refused. `today` is the date that a
+    template may write (`strftime_now`); a run keeps the date of its training, so that what is served is what was trained.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, source: str | None = None):
+    def __init__(self, tokenizer: Tokenizer, *, source: str | None = None, today: datetime.date | None = None):
         self.tokenizer = tokenizer
         found = source if source is not None else tokenizer.chat_template
         self.plain = found is None
         self.source = PLAIN_TEMPLATE if found is None else found
-        self._sandbox = Sandbox()
+        self.today = datetime.date.today() if today is None else today
+        self._sandbox = Sandbox(today=self.today)
         self._template = compile_template(self._sandbox, self.source)
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         self._names = {name: tokenizer.special_text(name) for name in names}
+
+    @property
+    def identity(self) -> str:
+        """What decides how conversations are rendered: the source, and the date where it is written."""
+        return self.source + (self.today.isoformat() if "strftime_now" in self.source else "")
 
     def render(
         self, messages: list[dict[str, Any]], *, tools: list[dict[str, Any]] | None = None, generation_prompt: bool

@@ -60,6 +60,11 @@ class Model:
         """The vocabulary projection."""
         return self.causal.get_output_embeddings()
 
+    def vocabulary_weights(self) -> set[Tensor]:
+        """Weights whose rows belong to tokens or positions: all embeddings and the head."""
+        tables = [m.weight for m in self.causal.modules() if isinstance(m, torch.nn.Embedding)]
+        return {*tables, self.head.weight}
+
     @cached_property
     def softcap(self) -> float | None:
         """Soft cap on the final logits (Gemma 2), None where there is none."""

@@ -146,8 +146,7 @@ class Fit:
         self.folder, self.observer = folder / "checkpoints", observer
         self.peak = settings.learning_rate or method.learning_rate
         self.parameters = trainable(model)
-        ends = {model.causal.get_input_embeddings().weight, model.head.weight}
-        self.optimiser = Optimiser(self.parameters, settings=settings, not_matrices=ends)
+        self.optimiser = Optimiser(self.parameters, settings=settings, not_matrices=model.vocabulary_weights())
         self.num_steps = num_steps(len(train), settings=settings)
         tenth = max(1, self.num_steps // 10)
         self.validate_every = settings.validate_every or tenth

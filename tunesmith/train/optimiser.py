@@ -76,7 +76,4 @@ class Optimiser:
         for full_name, value in tensors.items():
             name, _, key = full_name.rpartition("/")
             parameter = self.parameters[name]
-            keep_on_cpu = key == "step" and value.device.type != "cuda"
-            owner[id(parameter)].state[parameter][key] = (
-                value.clone() if keep_on_cpu else value.to(parameter.device).clone()
-            )
+            owner[id(parameter)].state[parameter][key] = value.to(parameter.device).clone()

@@ -1,0 +1,560 @@
+"""The verbs as Python functions, on a toy base: tune, stop, go on, evaluate, load, export."""
+
+import hashlib
+import json
+import math
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tunesmith import api
+from tunesmith.data.types import Message
+from tunesmith.errors import (
+    DataError,
+    Interrupted,
+    ModelError,
+    NotFoundError,
+    NumericalError,
+    RecipeError,
+    StorageError,
+    TemplateError,
+    TunesmithError,
+)
+from tunesmith.evaluate.settings import EvaluateSettings
+from tunesmith.generate.sampling import Sampling
+from tunesmith.models.load import Model, load_model
+from tunesmith.recipe import Recipe, load_recipe
+from tunesmith.registry.workspace import Workspace
+from tunesmith.train.observers import Silent
+
+SUMMARY_KEYS = {
+    "run", "path", "steps", "rows", "tokens", "target_tokens", "seconds", "tokens_per_second", "peak_memory_bytes",
+    "trainable_parameters", "parameters", "train_loss", "validation_loss", "best_step", "stopped", "computed_tokens",
+}  # fmt: skip
+RECIPE = """\
+name: toy
+base: base
+data: {train: rows.jsonl, validation: 0.25}
+method: {kind: lora, rank: 4}
+train: {max_steps: 6, batch_rows: 8, learning_rate: 2e-2, validate_every: 2, checkpoint_every: 3}
+evaluate: {metrics: [exact_match, perplexity], max_tokens: 6, few_shot: 2}
+"""
+
+
+@pytest.fixture(scope="session")
+def original(build_model: Callable[..., Model], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, some rows and a recipe. Tests that change something work on a copy."""
+    folder = tmp_path_factory.mktemp("project")
+    build_model("llama", dtype=torch.float32, max_position_embeddings=256).save(folder / "base")
+    rows = [{"prompt": f"What colour has number {i}?", "completion": ["red", "green"][i % 2]} for i in range(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "test.jsonl").write_text(
+        "".join(json.dumps(row | {"prompt": row["prompt"] + "?"}) + "\n" for row in rows[:5])
+    )
+    (folder / "toy.yaml").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared(original: Path) -> api.Run:
+    """A finished run that no test changes."""
+    return tune(original)
+
+
+@pytest.fixture
+def project(original: Path, tmp_path: Path) -> Path:
+    """A copy of the base, the rows and the recipe, without any run."""
+    return Path(shutil.copytree(original, tmp_path / "project", ignore=shutil.ignore_patterns("w")))
+
+
+def tune(project: Path, *overrides: str, **given: Any) -> api.Run:
+    return api.tune(project / "toy.yaml", workspace=Workspace(project / "w"), overrides=list(overrides), **given)
+
+
+def evaluate(project: Path, run: Any = "latest", **given: Any) -> Any:
+    return api.evaluate(run, workspace=Workspace(project / "w"), **given)
+
+
+def weights(run: api.Run) -> str:
+    return hashlib.sha256((run.path / "model" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def metrics(run: api.Run) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what a clock decides."""
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second")} for line in lines]
+
+
+# --------------------------------------------------------------------------------------------------------- tune
+
+
+def test_a_run_leaves_everything_that_is_promised(shared):
+    assert shared.finished
+    assert set(shared.summary) >= SUMMARY_KEYS
+    assert {entry.name for entry in shared.path.iterdir()} >= {
+        "recipe.yaml", "resolved.json", "ledger.json", "metrics.jsonl", "checkpoints", "model", "token_contract.json",
+    }  # fmt: skip
+    summary = shared.as_dict()
+    assert (summary["run"], summary["path"], summary["steps"]) == (shared.name, str(shared.path), 6)
+    assert summary["stopped"] == "finished"
+    assert summary["trainable_parameters"] < summary["parameters"]
+    assert summary["computed_tokens"] < summary["tokens"]
+    ledger = json.loads((shared.path / "ledger.json").read_text())
+    assert ledger["rows"] == 24
+    assert summary["rows"] == ledger["states"]["trained"]
+    validations = [line for line in metrics(shared) if "validation_loss" in line]
+    assert [line["step"] for line in validations] == [2, 4, 6]
+    assert summary["validation_loss"] == min(line["validation_loss"] for line in validations)
+    assert set(shared.resolved["hashes"]) >= {"data", "files", "base", "tokenizer", "code"}
+    assert "torch" in shared.resolved["versions"]
+    assert shared.recipe.method.rank == 4
+
+
+def test_the_same_recipe_gives_the_same_bytes_and_another_name(project, shared):
+    again = tune(project)
+    assert weights(again) == weights(shared)
+    assert metrics(again) == metrics(shared)
+    assert again.name != shared.name
+    assert weights(tune(project, "train.seed=1")) != weights(shared)
+
+
+def test_a_run_can_be_made_again_from_its_own_recipe(project, shared, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run = api.tune(shared.path / "recipe.yaml", workspace=Workspace(project / "w"))
+    assert weights(run) == weights(shared)
+
+
+def test_a_recipe_may_be_an_object_a_path_or_a_text(project, monkeypatch):
+    monkeypatch.chdir(project)
+    recipe = load_recipe(project / "toy.yaml", overrides=["train.max_steps=1"])
+    assert isinstance(recipe, Recipe)
+    assert api.tune(recipe).path.parent == project / ".tunesmith" / "runs"
+    assert api.tune("toy.yaml", overrides=["train.max_steps=1"]).summary["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("data.max_tokens=257", RecipeError, "257"),
+        ("data.train=gone.jsonl", NotFoundError, "gone.jsonl"),
+        ("data.template=gone.jinja", NotFoundError, "gone.jinja"),
+        ("base=gone", NotFoundError, "gone"),
+        ("base=rows.jsonl", ModelError, "file"),
+        ("method.targets=[nothing]", RecipeError, "nothing"),
+        ("objective=causal", DataError, "plain text"),
+        ("data.max_tokens=20", DataError, "20 are allowed"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_and_leaves_no_run_that_looks_whole(project, override, error, message):
+    with pytest.raises(error, match=message) as caught:
+        tune(project, override)
+    assert caught.value.hint
+    assert not any(api.Run(folder).finished for folder in Workspace(project / "w").run_folders())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused(project):
+    with pytest.raises(RecipeError, match="no GPU"):
+        tune(project, "train.device=cuda")
+
+
+def test_a_loss_that_is_not_finite_fails_the_run_and_names_the_rows(project):
+    rows = (project / "rows.jsonl").read_text()
+    with pytest.raises(NumericalError) as caught:
+        tune(project, "train.learning_rate=1e30", "train.clip=null", "train.schedule=constant", "train.warmup=0")
+    assert caught.value.hint
+    (folder,) = Workspace(project / "w").run_folders()
+    assert not api.Run(folder).finished
+    (known,) = api.index_of(Workspace(project / "w")).runs()
+    assert known.state == "failed"
+    with pytest.raises(NotFoundError, match="has no model yet"):
+        api.load(folder)
+    assert rows
+
+
+# ------------------------------------------------------------------------------------------------ stop and go on
+
+
+class Stopping(Silent):
+    """Sends signals to this process once a step is done."""
+
+    def __init__(self, step: int, *numbers: int):
+        self.at, self.numbers = step, numbers
+
+    def step(self, record: dict[str, Any]) -> None:
+        if record["step"] == self.at:
+            for number in self.numbers:
+                signal.raise_signal(number)
+
+
+class Failing(Silent):
+    """A fault that nobody foresaw, once a step is done."""
+
+    def __init__(self, step: int):
+        self.at = step
+
+    def step(self, record: dict[str, Any]) -> None:
+        if record["step"] == self.at:
+            raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 6])
+def test_a_stopped_run_goes_on_to_the_same_bits(project, shared, step):
+    number = signal.SIGTERM if step % 2 else signal.SIGINT
+    with pytest.raises(Interrupted) as caught:
+        tune(project, observer=Stopping(step, number))
+    assert caught.value.signal_number == number
+    assert f"step {step} of 6" in caught.value.message
+    assert "--resume" in caught.value.hint
+    (folder,) = Workspace(project / "w").run_folders()
+    stopped = api.Run(folder)
+    assert (stopped.summary["state"], stopped.summary["stopped"], stopped.summary["steps"]) == (
+        "stopped",
+        "signal",
+        step,
+    )
+    assert not stopped.finished
+    with pytest.raises(NotFoundError, match="stopped and has no model yet"):
+        api.load(folder)
+    resumed = tune(project, resume=True)
+    assert resumed.path == folder
+    assert resumed.finished
+    assert weights(resumed) == weights(shared)
+    assert metrics(resumed) == metrics(shared)
+    for name in ("steps", "tokens", "train_loss", "validation_loss", "best_step", "stopped"):
+        assert resumed.summary[name] == shared.summary[name], name
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_run_that_failed_or_was_killed_goes_on_to_the_same_bits(project, shared, step):
+    with pytest.raises(ZeroDivisionError):
+        tune(project, observer=Failing(step))
+    resumed = tune(project, resume=True)
+    assert weights(resumed) == weights(shared)
+    assert metrics(resumed) == metrics(shared)
+
+
+def test_an_early_stop_is_not_undone_by_going_on(project):
+    how = (
+        "train.patience=1",
+        "train.learning_rate=0.5",
+        "train.max_steps=40",
+        "train.validate_every=1",
+        "train.clip=null",
+    )
+    whole = tune(project, *how)
+    assert whole.summary["stopped"] == "early"
+    shutil.rmtree(project / "w" / "runs" / whole.name / "model")
+    summary = whole.summary | {"state": "started"}  # as after a kill between the last checkpoint and the model
+    (whole.path / "run.json").write_text(json.dumps(summary))
+    resumed = tune(project, *how, resume=True)
+    assert (resumed.summary["steps"], resumed.summary["stopped"]) == (whole.summary["steps"], "early")
+
+
+def test_a_second_signal_stops_at_once_and_says_how_to_go_on(project, shared):
+    with pytest.raises(Interrupted) as caught:
+        tune(project, observer=Stopping(4, signal.SIGINT, signal.SIGTERM))
+    assert caught.value.signal_number == signal.SIGTERM
+    assert "--resume" in caught.value.hint
+    assert weights(tune(project, resume=True)) == weights(shared)
+
+
+def test_signals_are_handled_as_before_once_a_run_is_over(project):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Interrupted):
+        tune(project, observer=Stopping(1, signal.SIGINT))
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_there_must_be_something_to_go_on_with(project):
+    with pytest.raises(NotFoundError, match="no unfinished run of 'toy'"):
+        tune(project, resume=True)
+    tune(project, "train.max_steps=1")
+    with pytest.raises(NotFoundError, match="no unfinished run of 'toy'"):
+        tune(project, "train.max_steps=1", resume=True)
+
+
+def test_a_run_goes_on_only_as_it_was(project):
+    with pytest.raises(Interrupted):
+        tune(project, observer=Stopping(2, signal.SIGINT))
+    with pytest.raises(RecipeError, match=r"recipe\.train changed") as caught:
+        tune(project, "train.learning_rate=1e-3", resume=True)
+    assert "without --resume" in caught.value.hint
+    with (project / "rows.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "one more?", "completion": "red"}) + "\n")
+    with pytest.raises(RecipeError, match=r"hashes\.data, hashes\.files changed"):
+        tune(project, resume=True)
+
+
+# --------------------------------------------------------------------------------------------------------- load
+
+
+def test_a_tuned_model_answers(shared):
+    tuned = api.load(shared)
+    answer = tuned.generate("What colour has number 3?", sampling=Sampling(max_tokens=6))
+    asked = [{"role": "user", "content": "What colour has number 3?"}]
+    assert tuned.generate(asked, sampling=Sampling(max_tokens=6)) == answer
+    assert tuned.generate([Message("user", asked[0]["content"])], sampling=Sampling(max_tokens=6)) == answer
+    many = tuned.generate_many(["What colour has number 3?", "And 4?"], sampling=Sampling(max_tokens=6))
+    assert many[0] == answer
+    drawn = Sampling(max_tokens=6, temperature=1.0, seed=3)
+    assert tuned.generate("a?", sampling=drawn) == tuned.generate("a?", sampling=drawn)
+    assert tuned.generate("a?", sampling=drawn) != tuned.generate(
+        "a?", sampling=Sampling(max_tokens=6, temperature=1.0)
+    )
+    pieces = list(tuned.stream("a?", sampling=Sampling(max_tokens=6, seed=1)))
+    assert "".join(pieces).rstrip("\ufffd") == tuned.generate("a?", sampling=Sampling(max_tokens=6)).rstrip("\ufffd")
+
+
+@pytest.mark.parametrize("prompt", ["\ud83d", [Message("user", "half \udc00")], "x" * 400])
+def test_a_prompt_that_cannot_be_read_is_refused(shared, prompt):
+    with pytest.raises(TunesmithError) as caught:
+        api.load(shared).generate(prompt)
+    assert caught.value.hint
+
+
+def test_the_system_prompt_of_the_recipe_is_used(project):
+    tuned = api.load(tune(project, "data.system=Be brief.", "train.max_steps=1"))
+    messages = [Message("system", "Be brief."), Message("user", "hello")]
+    limit = Sampling(max_tokens=8)
+    assert tuned.generate("hello", sampling=limit) == tuned.generate(messages, sampling=limit)
+    assert tuned.generate("hello", sampling=limit) != tuned.generate(messages[1:], sampling=limit)
+
+
+def test_a_run_is_found_by_its_names(project, shared):
+    run = tune(project, "train.max_steps=1")
+    workspace = Workspace(project / "w")
+    for name in (run.name, run.name[:-3], "toy", "latest", str(run.path), run.path, run):
+        assert api.find_run(name, workspace=workspace).path.resolve() == run.path.resolve()
+    with pytest.raises(NotFoundError, match="toy"):
+        api.find_run("tony", workspace=workspace)
+
+
+def test_a_run_is_usable_from_any_folder(project, monkeypatch, tmp_path):
+    monkeypatch.chdir(project)
+    run = api.tune("toy.yaml", overrides=["train.max_steps=1"])
+    (project / "below").mkdir()
+    for folder in (project / "below", tmp_path):
+        monkeypatch.chdir(folder)
+        assert isinstance(api.load(run.path).generate("a?", sampling=Sampling(max_tokens=2)), str)
+        assert api.evaluate(run.path, workspace=Workspace(project / ".tunesmith")).document["rows"] > 1
+
+
+def change_file(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_another_base_is_found(project):
+    run = tune(project, "train.max_steps=1")
+    change_file(project / "base" / "model.safetensors")
+    with pytest.raises(StorageError, match="no longer the one"):
+        api.load(run)
+
+
+def test_another_template_is_found(project):
+    run = tune(project, "train.max_steps=1")
+    template = run.path / "model" / "chat_template.jinja"
+    template.write_text(
+        template.read_text().replace("<|user|>", "<|user|> ").replace("<|{{ m.role }}|>", "<|{{ m.role }}|> ")
+    )
+    with pytest.raises(TemplateError, match="token contract broken"):
+        api.load(run)
+
+
+@pytest.mark.parametrize("name", ["run.json", "resolved.json", "token_contract.json", "model/adapter_config.json"])
+def test_a_damaged_run_is_refused(project, name):
+    run = tune(project, "train.max_steps=1")
+    path = run.path / name
+    path.write_text(path.read_text()[:-5])
+    with pytest.raises(TunesmithError) as caught:
+        api.load(run.path)
+    assert name.rpartition("/")[2] in str(caught.value)
+    assert caught.value.hint
+
+
+def test_a_run_without_its_model_is_refused(project):
+    run = tune(project, "train.max_steps=1")
+    shutil.rmtree(run.path / "model")
+    with pytest.raises(NotFoundError):
+        api.load(run.path)
+
+
+# ----------------------------------------------------------------------------------------------------- evaluate
+
+
+@pytest.fixture(scope="session")
+def evaluation(original: Path, shared: api.Run) -> Any:
+    return evaluate(original, shared)
+
+
+def test_an_evaluation_is_kept_with_the_run(shared, evaluation):
+    assert evaluation.document["systems"] == ["base", "few_shot", "tuned"]
+    assert evaluation.document["data"] == "validation"
+    assert evaluation.document["rows"] == shared.resolved and False or evaluation.document["rows"] > 1
+    assert json.loads((shared.path / "evaluation.json").read_text()) == evaluation.document
+    assert "<html" in (shared.path / "report.html").read_text()
+    assert evaluation.value("perplexity") < evaluation.value("perplexity", system="base")
+
+
+def test_the_base_scores_as_if_it_had_never_been_tuned(original, shared, evaluation):
+    untouched = load_model(str(original / "base"))
+    tuned = api.load(shared)
+    with tuned.method.disabled(tuned.model):
+        for (name, a), (_, b) in zip(
+            untouched.causal.state_dict().items(),
+            ((n, p) for n, p in sorted_state(tuned.model) if "lora_" not in n),
+            strict=True,
+        ):
+            assert torch.equal(a, b), name
+    assert evaluation.value("perplexity", system="base") > 1
+
+
+def sorted_state(model: Model) -> list[tuple[str, torch.Tensor]]:
+    return list(model.causal.state_dict().items())
+
+
+def test_other_rows_and_settings_may_be_given(original, shared):
+    settings = EvaluateSettings(metrics=("perplexity",), against=("base",), rows=3)
+    again = evaluate(original, shared, data=original / "test.jsonl", settings=settings)
+    assert (again.document["rows"], again.document["systems"]) == (3, ["base", "tuned"])
+    assert again.document["data"] == str(original / "test.jsonl")
+    chosen = api.evaluation_settings(shared, against=["base"], rows=2)
+    assert (chosen.against, chosen.rows, chosen.metrics) == (("base",), 2, ("exact_match", "perplexity"))
+    assert api.evaluation_settings(shared) == shared.recipe.evaluate
+    with pytest.raises(RecipeError):
+        api.evaluation_settings(shared, against=["peer"])
+
+
+@pytest.mark.parametrize("against", ["[base]", "[few_shot]", "[]"])
+def test_a_run_may_be_compared_with_less(project, against):
+    run = tune(project, "train.max_steps=1", f"evaluate={{against: {against}, max_tokens: 4, metrics: [perplexity]}}")
+    document = evaluate(project, api.Run(run.path)).document
+    assert document["systems"] == [*against.strip("[]").split(), "tuned"]
+    assert document["verdict"] in ("better", "worse", "undecided")
+
+
+def test_a_run_that_holds_nothing_back_needs_rows(project):
+    run = tune(project, "train.max_steps=1", "data.validation=null", "train.validate_every=null")
+    with pytest.raises(DataError, match="holds no rows back") as caught:
+        evaluate(project, run)
+    assert "--data" in caught.value.hint
+    assert evaluate(project, run, data=project / "test.jsonl").document["rows"] == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (None, NotFoundError, "no such file"),
+        ("", DataError, "no rows"),
+        ("{broken\n", DataError, "broken JSON"),
+        ('{"prompt": "a", "completion": ""}\n', DataError, "empty"),
+        ('{"text": "plain"}\n{"text": "text"}\n', DataError, "plain text"),
+    ],
+)
+def test_rows_that_cannot_be_evaluated_are_refused(original, shared, tmp_path, content, error, message):
+    if content is not None:
+        (tmp_path / "other.jsonl").write_text(content)
+    with pytest.raises(error, match=message) as caught:
+        evaluate(original, shared, data=tmp_path / "other.jsonl")
+    assert caught.value.hint
+
+
+def test_rows_that_changed_since_are_not_taken_for_held_out(project):
+    run = tune(project, "train.max_steps=1")
+    text = (project / "rows.jsonl").read_text()
+    (project / "rows.jsonl").write_text(text.replace("What colour", "Which colour"))
+    with pytest.raises(TunesmithError, match=r"rows\.jsonl|changed") as caught:
+        evaluate(project, run)
+    assert "--data" in caught.value.hint
+    assert evaluate(project, run, data=project / "test.jsonl").document["rows"] == 5
+
+
+def test_rows_that_are_gone_are_not_needed_where_others_are_given(project):
+    run = tune(project, "train.max_steps=1")
+    (project / "rows.jsonl").unlink()
+    settings = api.evaluation_settings(run, against=["base"])
+    assert evaluate(project, run, data=project / "test.jsonl", settings=settings).document["rows"] == 5
+
+
+# ------------------------------------------------------------------------------------------------ other methods
+
+
+def test_full_tuning_keeps_the_base_to_compare_with(project):
+    run = tune(project, "method=full", "train.max_steps=3", "train.learning_rate=1e-2")
+    document = evaluate(project, run).document
+    perplexity = document["metrics"]["perplexity"]["systems"]
+    assert perplexity["tuned"]["value"] < perplexity["base"]["value"]
+    with pytest.raises(RecipeError, match="no adapter"):
+        api.export(run, form="peft", out=project / "out")
+    api.export(run, form="merged", out=project / "out")
+    exported, tuned = load_model(str(project / "out")), api.load(run)
+    for (name, a), (_, b) in zip(sorted_state(exported), sorted_state(tuned.model), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_new_model_is_made_and_trained_on_text(project):
+    config = json.loads((project / "base" / "config.json").read_text())
+    (project / "config.json").write_text(json.dumps(config))
+    (project / "text.txt").write_text("\n<|doc|>\n".join(f"This is text number {i}." for i in range(30)))
+    overrides = [
+        "base={config: config.json, tokenizer: base}",
+        "method=full",
+        "objective=causal",
+        "data.train=text.txt",
+    ]
+    run = tune(project, *overrides, "evaluate={}", "train.max_steps=4", "train.learning_rate=1e-2")
+    document = evaluate(project, run).document
+    assert list(document["metrics"]) == ["bits_per_byte", "perplexity"]
+    assert document["verdict"] == "better"
+    assert math.isclose(document["metrics"]["perplexity"]["systems"]["base"]["value"], 264, rel_tol=0.2)
+
+
+@pytest.mark.parametrize(
+    "override", ["train.precision=bf16", "train.gradient_checkpointing=true", "train.optimiser=muon"]
+)
+def test_other_ways_to_train_end_in_a_usable_run(project, override):
+    run = tune(project, override, "train.max_steps=2")
+    assert isinstance(api.load(run).generate("a?", sampling=Sampling(max_tokens=2)), str)
+
+
+def test_a_template_of_the_recipes_own_is_trained_saved_and_used(project):
+    source = (project / "base" / "chat_template.jinja").read_text()
+    (project / "own.jinja").write_text(source.replace("<|begin|>", "<|begin|>OWN "))
+    run = tune(project, "data.template=own.jinja", "train.max_steps=1")
+    (project / "own.jinja").unlink()
+    tuned = api.load(api.Run(run.path))
+    assert tuned.template.prompt([Message("user", "a")]).text.startswith("<|begin|>OWN ")
+
+
+def test_a_base_without_a_chat_template_takes_prompts_and_answers(project):
+    (project / "base" / "chat_template.jinja").unlink()
+    run = tune(project, "train.max_steps=1")
+    assert api.load(run).template.plain
+    assert evaluate(project, run).document["systems"] == ["base", "few_shot", "tuned"]
+
+
+# ------------------------------------------------------------------------------------------------------- export
+
+
+def test_an_export_goes_into_a_new_or_empty_folder(original, shared, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for name in ("file", "full"):
+        with pytest.raises(StorageError) as caught:
+            api.export(shared, form="merged", out=tmp_path / name)
+        assert "--out" in caught.value.hint
+    assert (tmp_path / "file").read_text() == (tmp_path / "full" / "mine").read_text() == "mine"
+    assert api.export(shared, form="peft", out=tmp_path / "empty") == tmp_path / "empty"
+    assert (tmp_path / "empty" / "adapter_config.json").is_file()
+    with pytest.raises(RecipeError, match="peft, merged"):
+        api.export(shared, form="onnx", out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
