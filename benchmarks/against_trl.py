@@ -6,8 +6,8 @@ tokenising are not counted), the peak resident memory of the whole process, and 
 
     python benchmarks/against_trl.py --model smollm2-135m --scenario varied --threads 2 --repeats 3
 
-TRL is run in several variants (see VARIANTS): `padded` is what SFTTrainer does unless told otherwise; the others are
-what an expert could set. The ratios against each are reported, and which of them was TRL's fastest.
+TRL is run in several variants (see VARIANTS), from its defaults to what an expert could set. The ratios against each are
+reported, which of them was TRL's fastest, and against which of them each bar is reached.
 """
 
 import argparse
@@ -73,16 +73,17 @@ SCENARIOS = {
     ),
 }
 
-# `micro_rows` rows go through the model at a time; gradients are added up to `batch_rows`. None: one per 1024 tokens.
+# What differs from TRL's defaults. `micro_rows` rows go through the model at a time and gradients are added up to
+# `batch_rows`; where it is missing, --trl-rows do (8, TRL's default); None: rows are packed to MAX_TOKENS, one at a time.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "padded": {"micro_rows": 8},  # TRL's own default batch size and collator
-    "padded_checkpointed": {"micro_rows": 8, "gradient_checkpointing": True},  # TRL's default settings throughout
-    "grouped": {"micro_rows": 8, "train_sampling_strategy": "group_by_length"},
+    "default": {"gradient_checkpointing": True},
+    "padded": {},
+    "grouped": {"train_sampling_strategy": "group_by_length"},
     "one_row": {"micro_rows": 1},
-    "padding_free": {"micro_rows": 8, "padding_free": True, "max_length": None},
-    "packed": {"micro_rows": None, "packing": True, "max_length": MAX_TOKENS},
+    "padding_free": {"padding_free": True, "max_length": None},
+    "packed": {"micro_rows": None, "packing": True},
 }
-SAME_ORDER = {"padded", "padded_checkpointed", "one_row", "padding_free"}  # so every step has our rows
+SAME_ORDER = {"default", "padded", "one_row", "padding_free"}  # so every step has our rows
 
 
 # --- what both sides are given -------------------------------------------------------------------------------------
@@ -216,21 +217,10 @@ def run_ours(
     for example, sequence in zip(examples, sequences, strict=True):
         writer.add(sequence, origin=example.origin)
     writer.close()
-    chosen = {} if micro_batch_tokens is None else {"micro_batch_tokens": micro_batch_tokens}
-    settings = TrainSettings(
-        epochs=1,
-        learning_rate=LEARNING_RATE,
-        schedule="constant",
-        warmup=0,
-        weight_decay=WEIGHT_DECAY,
-        clip=CLIP,
-        batch_rows=batch_rows,
-        precision=precision,
-        seed=SEED,
-        checkpoint_every=steps,
-        device="cpu",
-        **chosen,
-    )
+    chosen: dict[str, Any] = {} if micro_batch_tokens is None else {"micro_batch_tokens": micro_batch_tokens}
+    chosen |= {"batch_rows": batch_rows, "epochs": 1, "seed": SEED, "precision": precision, "device": "cpu"}
+    chosen |= {"learning_rate": LEARNING_RATE, "schedule": "constant", "warmup": 0, "checkpoint_every": steps}
+    settings = TrainSettings.model_validate(chosen | {"weight_decay": WEIGHT_DECAY, "clip": CLIP})
     clock = Clock()
 
     class Watch:
@@ -265,7 +255,9 @@ def run_ours(
     )
 
 
-def run_trl(folder: Path, *, precision: str, batch_rows: int, steps: int, variant: str) -> dict[str, Any]:
+def run_trl(
+    folder: Path, *, precision: str, batch_rows: int, steps: int, variant: str, trl_rows: int
+) -> dict[str, Any]:
     """The run with TRL's SFTTrainer around PEFT's model, in one of VARIANTS."""
     import torch
     from datasets import Dataset
@@ -274,13 +266,17 @@ def run_trl(folder: Path, *, precision: str, batch_rows: int, steps: int, varian
     from trl import SFTConfig, SFTTrainer
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)  # SDPA attention
-    model = PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True)
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)  # SDPA attention
+    model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     conversations = [row["messages"] for row in read_rows(folder / "in_order.jsonl")]
     dataset = Dataset.from_list([{"prompt": turns[:-1], "completion": turns[-1:]} for turns in conversations])
-    chosen = {"gradient_checkpointing": False, "train_sampling_strategy": "sequential", "max_length": MAX_TOKENS}
-    chosen |= VARIANTS[variant]
+    chosen: dict[str, Any] = {
+        "gradient_checkpointing": False,
+        "train_sampling_strategy": "sequential",
+        "max_length": MAX_TOKENS,
+    }
+    chosen |= {"micro_rows": trl_rows} | VARIANTS[variant]
     micro_rows = chosen.pop("micro_rows")
     if micro_rows is None:  # packed rows of `max_length` tokens: as many a step as hold the same number of tokens
         texts = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in conversations]
@@ -317,14 +313,14 @@ def run_trl(folder: Path, *, precision: str, batch_rows: int, steps: int, varian
         def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
             clock.step_ended()
 
-        def on_log(self, *arguments: Any, logs: dict[str, Any], **keywords: Any) -> None:
-            if "loss" in logs:
-                clock.told(tokens=logs["num_tokens"], loss=logs["loss"])
+        def on_log(self, *arguments: Any, **keywords: Any) -> None:
+            if "loss" in keywords["logs"]:
+                clock.told(tokens=keywords["logs"]["num_tokens"], loss=keywords["logs"]["loss"])
 
     trainer = SFTTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer, callbacks=[Watch()])
     trainer.train()
     assert len(clock.tokens) == len(clock.wall) == steps
-    return clock.result(settings=chosen | {"attention": model.config._attn_implementation})
+    return clock.result(settings=chosen | {"attention": base.config._attn_implementation})
 
 
 # --- running them in turn, and the report --------------------------------------------------------------------------
@@ -345,6 +341,8 @@ def child(arguments: argparse.Namespace, folder: Path, *, role: str) -> dict[str
     options = [f"--{name.replace('_', '-')}={value}" for name, value in vars(arguments).items() if value is not None]
     line = [sys.executable, str(Path(__file__).resolve()), *options, f"--role={role}", f"--folder={folder}"]
     done = subprocess.run(line, env=environment, stdout=sys.stderr)
+    if done.returncode and role in VARIANTS:  # out of memory, most likely, which is a finding
+        return {"failed": f"ended with status {done.returncode}"}
     if done.returncode:
         raise SystemExit(f"error: {role} ended with status {done.returncode}")
     return json.loads(result.read_text("utf-8"))
@@ -365,7 +363,8 @@ def run_role(arguments: argparse.Namespace) -> None:
             tokens = arguments.micro_batch_tokens
             found = run_ours(Path(inner), precision=arguments.precision, micro_batch_tokens=tokens, **sizes)
     else:
-        found = run_trl(folder, precision=arguments.precision, variant=arguments.role, **sizes)
+        rows = arguments.trl_rows
+        found = run_trl(folder, precision=arguments.precision, variant=arguments.role, trl_rows=rows, **sizes)
     (folder / "result.json").write_text(json.dumps(found), "utf-8")
 
 
@@ -379,7 +378,7 @@ def compare(runs: dict[str, list[dict[str, Any]]], *, bars: dict[str, float]) ->
     medians = {name: {key: median(name, key) for key in keys} for name in runs}
     ours, losses = medians["ours"], runs["ours"][0]["losses"]
     against = {}
-    for name in runs.keys() - {"ours"}:
+    for name in [name for name in runs if name != "ours"]:
         theirs, their_losses = medians[name], runs[name][0]["losses"]
         against[name] = {
             "tokens_per_second": round(ours["tokens_per_second"] / theirs["tokens_per_second"], 3),
@@ -396,15 +395,19 @@ def compare(runs: dict[str, list[dict[str, Any]]], *, bars: dict[str, float]) ->
                 "losses_agree": gaps[0] <= LOSS_TOLERANCE,
                 "same_tokens": runs["ours"][0]["all_tokens"] == runs[name][0]["all_tokens"],
             }
-    fastest = max(against, key=lambda name: medians[name]["tokens_per_second"])
-    result = {"medians": medians, "ours_to_trl": against, "fastest_trl": fastest}
-    if "padded" in against:
-        reached = {
-            key: against["padded"][key] >= bar if key == "tokens_per_second" else against["padded"][key] <= bar
-            for key, bar in bars.items()
+    bars_by_variant = {
+        key: {
+            name: ratios[key] >= bar if key == "tokens_per_second" else ratios[key] <= bar
+            for name, ratios in against.items()
         }
-        result["bars"] = {key: {"bar": bar, "reached": reached[key]} for key, bar in bars.items()}
-    return result
+        for key, bar in bars.items()
+    }
+    return {
+        "medians": medians,
+        "ours_to_trl": against,
+        "fastest_trl": max(against, key=lambda name: medians[name]["tokens_per_second"], default=None),
+        "bars": {key: {"bar": bar, "reached": bars_by_variant[key]} for key, bar in bars.items()},
+    }
 
 
 def parse() -> argparse.Namespace:
@@ -415,13 +418,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--variants", default=",".join(VARIANTS), help="of TRL, separated by commas (default: all)")
     parser.add_argument("--steps", type=int, default=6, help="optimiser steps; the first is not timed")
     parser.add_argument("--batch-rows", type=int, help="rows an optimiser step (default: the scenario's)")
+    parser.add_argument("--trl-rows", type=int, default=8, help="rows TRL takes through the model at a time")
     parser.add_argument("--micro-batch-tokens", type=int, help="of our side (default: the settings' own default)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--out", help="where to write the JSON (default: benchmarks/results/against_trl-MODEL-SCENARIO.json)"
-    )
+    parser.add_argument("--out", help="JSON file (default: benchmarks/results/against_trl-MODEL-SCENARIO.json)")
     parser.add_argument("--role", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -442,14 +444,19 @@ def main() -> int:
         return 0
     sides = ["ours", *arguments.variants.split(",")]
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    failed: dict[str, str] = {}
     scenario = SCENARIOS[arguments.scenario]
     before = machine()
     with tempfile.TemporaryDirectory(prefix="against-trl-") as name:
         folder = Path(name)
         child(arguments, folder, role="prepare")
         for repeat in range(arguments.repeats):
-            for side in sides:
+            for side in [side for side in sides if side not in failed]:
                 run = child(arguments, folder, role=side)
+                if "failed" in run:
+                    failed[side] = run["failed"]
+                    print(f"{repeat + 1}/{arguments.repeats} {side}: {run['failed']}", file=sys.stderr)
+                    continue
                 runs[side].append(run)
                 speed, peak = run["tokens_per_second"], run["peak_memory_bytes"] / 2**20
                 print(f"{repeat + 1}/{arguments.repeats} {side}: {speed:.0f} tokens/s, {peak:.0f} MiB", file=sys.stderr)
@@ -469,7 +476,8 @@ def main() -> int:
             "lora": {"rank": RANK, "alpha": 2 * RANK, "targets": "all-linear"},
             "adamw": {"learning_rate": LEARNING_RATE, "betas": BETAS, "weight_decay": WEIGHT_DECAY, "clip": CLIP},
         },
-        **compare(runs, bars=scenario.bars),
+        **compare({side: found for side, found in runs.items() if found}, bars=scenario.bars),
+        "failed": failed,
         "runs": runs,
     }
     out = Path(arguments.out or ROOT / f"benchmarks/results/against_trl-{arguments.model}-{arguments.scenario}.json")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 
 class Lora(nn.Module):
@@ -37,7 +37,7 @@ class Lora(nn.Module):
         return self.linear(x) + self.scaling * (x @ self.lora_A.T @ self.lora_B.T)
 
 
-def insert_lora(model: nn.Module, *, rank: int, seed: int) -> dict[str, Lora]:
+def insert_lora(model: PreTrainedModel, *, rank: int, seed: int) -> dict[str, Lora]:
     """Freeze the model and put an update beside every linear layer but the vocabulary head; updates by layer name."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -72,7 +72,7 @@ def encode(messages: list[dict[str, str]], *, tokenizer) -> tuple[list[int], lis
     return ids, trained
 
 
-def loss_sum(model: nn.Module, ids: list[int], trained: list[bool]) -> Tensor:
+def loss_sum(model: PreTrainedModel, ids: list[int], trained: list[bool]) -> Tensor:
     """Sum of -log p(token | tokens before it) over the trained tokens of one row."""
     tokens_T, trained_T = torch.tensor(ids), torch.tensor(trained)
     logits_TV = model(input_ids=tokens_T[None]).logits[0]

@@ -8,13 +8,9 @@ print(tunesmith.load(run).generate("Where is my parcel?"))
 import contextlib
 import datetime
 import json
-import platform
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,134 +18,43 @@ import torch
 from pydantic import ValidationError
 
 from tunesmith.data.contract import FILE as CONTRACT
-from tunesmith.data.contract import check_contract, write_contract
+from tunesmith.data.contract import check_contract
 from tunesmith.data.formats import to_example
-from tunesmith.data.prepare import Prepared, code_digest, prepare
-from tunesmith.data.sources import read_rows, resolve
+from tunesmith.data.ledger import Problem
+from tunesmith.data.prepare import Prepared
+from tunesmith.data.sources import read_rows
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example, Message
 from tunesmith.errors import DataError, Interrupted, NotFoundError, RecipeError, StorageError
 from tunesmith.evaluate.report import write_report
 from tunesmith.evaluate.run import Evaluation, System, choose_shots, evaluate_systems
-from tunesmith.evaluate.settings import RESOLVED, EvaluateSettings
+from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.generate.runner import Generator
 from tunesmith.generate.sampling import Sampling
 from tunesmith.methods import Method
-from tunesmith.methods.base import num_trainable, set_trainable_dtype
-from tunesmith.models.base import NewBase, resolve_base
+from tunesmith.methods.base import set_trainable_dtype
 from tunesmith.models.load import Model, load_model
 from tunesmith.recipe import Recipe, load_recipe
 from tunesmith.registry.index import Index
-from tunesmith.registry.store import Store
 from tunesmith.registry.workspace import Workspace, find_workspace, read_json
-from tunesmith.storage import new_folder, write_json, write_text
+from tunesmith.runs import (
+    Run,
+    check_unchanged,
+    device_of,
+    find_run,
+    find_unfinished,
+    index_of,
+    prepare_data,
+    record_start,
+    resolved_of,
+    template_of,
+    write_start,
+    write_summary,
+)
+from tunesmith.storage import new_folder
 from tunesmith.train.loop import Fit, Observer
 from tunesmith.train.observers import Silent, recording
 from tunesmith.train.settings import TrainSettings
-
-STORED_BYTES = 1 << 30  # a data file up to this size is kept in the store, so its exact bytes stay at hand
-PACKAGES = ("tunesmith", "torch", "transformers", "tokenizers", "safetensors", "numpy")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One execution of a recipe: a folder, and what it says."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        """The run's full name."""
-        return self.path.name
-
-    @cached_property
-    def summary(self) -> dict[str, Any]:
-        """What `train --json` prints."""
-        return read_json(self.path / "run.json")
-
-    @cached_property
-    def resolved(self) -> dict[str, Any]:
-        """The recipe with every default, the hashes and the versions."""
-        return read_json(self.path / "resolved.json")
-
-    @cached_property
-    def recipe(self) -> Recipe:
-        """The resolved recipe."""
-        return Recipe.model_validate(self.resolved["recipe"], context=RESOLVED)
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run came to its end and its model can be used."""
-        return self.summary.get("state") == "finished" and (self.path / "model").is_dir()
-
-    def as_dict(self) -> dict[str, Any]:
-        """The summary."""
-        return self.summary
-
-
-def index_of(workspace: Workspace) -> Index:
-    """The workspace's index, with its store behind it."""
-    return Index(workspace.index, store=Store(workspace.store))
-
-
-def device_of(settings: TrainSettings) -> str:
-    """The device that the settings mean here; RecipeError where it is not there."""
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("train.device is cuda and there is no GPU that torch can use", hint="use train.device: auto")
-    return "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def template_of(model: Model, recipe: Recipe, *, run: Path | None = None) -> ChatTemplate:
-    """The recipe's chat template, or the model's own; with the date of `run`, where a run goes on or is used."""
-    today = None
-    if run is not None and (run / CONTRACT).is_file():
-        today = datetime.date.fromisoformat(read_json(run / CONTRACT)["today"])
-    if recipe.data.template is None:
-        return ChatTemplate(model.tokenizer, today=today)
-    path = Path(recipe.data.template)
-    try:
-        source = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise NotFoundError(
-            f"the chat template cannot be read: {error}", file=path, hint="check data.template"
-        ) from None
-    model.tokenizer.chat_template = source
-    return ChatTemplate(model.tokenizer, today=today)
-
-
-def prepare_data(
-    recipe: Recipe,
-    *,
-    model: Model,
-    workspace: Workspace,
-    template: ChatTemplate | None = None,
-    on_rows: Callable[[int], None] = lambda rows: None,
-) -> Prepared:
-    """Read, split, render and count the recipe's rows (from the cache where nothing changed)."""
-    limit = model.context_tokens
-    if recipe.data.max_tokens is not None and recipe.data.max_tokens > limit:
-        raise RecipeError(
-            f"data.max_tokens is {recipe.data.max_tokens:,} and the base was made for {limit:,}",
-            hint=f"set it to {limit:,} or less",
-        )
-    workspace.create()
-    return prepare(
-        recipe.data,
-        objective=recipe.objective,
-        template=template or template_of(model, recipe),
-        max_tokens=recipe.data.max_tokens or limit,
-        cache=workspace.cache,
-        on_rows=on_rows,
-    )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
 
 
 def tune(
@@ -171,16 +76,16 @@ def tune(
     observer = observer or Silent()
     with _Signals() as signals:
         model = load_model(recipe.base, device=device_of(recipe.train))
-        before = _find_unfinished(workspace, recipe) if resume else None
+        before = find_unfinished(workspace, recipe) if resume else None
         template = template_of(model, recipe, run=before)
         prepared = prepare_data(recipe, model=model, workspace=workspace, template=template)
-        resolved = _resolved(recipe, model=model, prepared=prepared, template=template)
+        resolved = resolved_of(recipe, model=model, prepared=prepared, template=template)
         if before is not None:
-            _check_unchanged(before, resolved)
+            check_unchanged(before, resolved)
         folder = before or workspace.new_run(recipe.name)
-        _write_start(folder, recipe, resolved, prepared=prepared, template=template)
+        write_start(folder, recipe, resolved, prepared=prepared, template=template)
         index = index_of(workspace)
-        _record_start(index, folder, recipe, model=model, prepared=prepared)
+        record_start(index, folder, recipe, model=model, prepared=prepared)
         recipe.method.apply(model, seed=recipe.train.seed)
         if recipe.train.precision == "bf16":
             set_trainable_dtype(model, frozen=torch.bfloat16)
@@ -205,7 +110,7 @@ def tune(
             recipe.method.save(model, folder=new)
             if recipe.method.kind != "full":
                 model.save_tokenizer(new)
-        _write_summary(folder, fit, stopped=stopped, state="finished")
+        write_summary(folder, fit, stopped=stopped, state="finished")
         index.finish_run(folder.name, state="finished")
     return Run(folder)
 
@@ -217,7 +122,7 @@ def _run(fit: Fit, *, folder: Path, index: Index, resume: bool) -> str:
             fit.resume()
         return fit.run().stopped
     except Interrupted:
-        _write_summary(folder, fit, stopped="signal", state="stopped")
+        write_summary(folder, fit, stopped="signal", state="stopped")
         index.finish_run(folder.name, state="stopped")
         raise
     except BaseException:
@@ -259,102 +164,6 @@ def _speed_options(model: Model, settings: TrainSettings) -> None:
             layer.compile(dynamic=True)
 
 
-def _resolved(recipe: Recipe, *, model: Model, prepared: Prepared, template: ChatTemplate) -> dict[str, Any]:
-    return {
-        "recipe": recipe.model_dump(mode="json"),
-        "hashes": {
-            "data": prepared.digest,
-            "files": prepared.files,
-            "base": model.digest,
-            "tokenizer": template.tokenizer.digest,
-            "code": code_digest(),
-        },
-        "versions": versions(),
-    }
-
-
-def _find_unfinished(workspace: Workspace, recipe: Recipe) -> Path:
-    """The newest unfinished run of this recipe."""
-    for folder in workspace.run_folders():
-        summary = read_json(folder / "run.json")
-        started = (folder / "resolved.json").is_file() and (folder / CONTRACT).is_file()
-        if summary.get("name") == recipe.name and summary.get("state") != "finished" and started:
-            return folder
-    raise NotFoundError(f"there is no unfinished run of '{recipe.name}' to resume", hint="leave --resume out")
-
-
-def _check_unchanged(folder: Path, resolved: dict[str, Any]) -> None:
-    """RecipeError where the unfinished run was made from another recipe, other data or another base."""
-    before = read_json(folder / "resolved.json")
-    parts = [part for part in ("recipe", "hashes") if before[part] != resolved[part]]
-    names = [f"{part}.{k}" for part in parts for k in resolved[part] if before[part].get(k) != resolved[part][k]]
-    if names:
-        raise RecipeError(
-            f"the unfinished run {folder.name} was made from something else: {', '.join(names)} changed",
-            hint="put it back as it was, or train a new run without --resume",
-        )
-
-
-def _write_start(
-    folder: Path, recipe: Recipe, resolved: dict[str, Any], *, prepared: Prepared, template: ChatTemplate
-) -> None:
-    write_text(folder / "recipe.yaml", text=recipe.as_yaml())
-    write_json(folder / "resolved.json", value=resolved)
-    write_json(folder / "ledger.json", value=prepared.ledger)
-    examples = [e for _, e in zip(range(4), prepared.examples("train"), strict=False)]
-    write_contract(folder, template=template, examples=examples)
-
-
-def _record_start(index: Index, folder: Path, recipe: Recipe, *, model: Model, prepared: Prepared) -> None:
-    states = prepared.ledger["states"]
-    counts = {
-        "train": states["trained"] + states["truncated"],
-        "validation": states["held_out_validation"],
-        "test": states["held_out_test"],
-    }
-    datasets = {}
-    given = {"train": recipe.data.train_paths, "validation": recipe.data.validation, "test": recipe.data.test}
-    for role, value in given.items():
-        names = value if isinstance(value, list) else [value] if isinstance(value, str) else []
-        paths = [path for name in names for _, path in resolve(name)]
-        if paths:
-            for path in paths:
-                if index.store is not None and path.stat().st_size <= STORED_BYTES:
-                    index.store.put_file(path)
-            datasets[role] = index.record_dataset(paths, rows=counts[role], form=recipe.data.form)
-    path = Path(recipe.base.config) if isinstance(recipe.base, NewBase) else resolve_base(recipe.base)
-    kind = str(model.causal.config.model_type)
-    base = index.record_base(path, name=model.name, model_type=kind, parameters=model.num_parameters())
-    index.start_run(folder, datasets=datasets, base=base)
-
-
-def _write_summary(folder: Path, fit: Fit, *, stopped: str, state: str) -> None:
-    from tunesmith.train.memory import peak_memory_bytes
-
-    progress = fit.progress
-    summary = read_json(folder / "run.json") | {
-        "path": str(folder),
-        "state": state,
-        "steps": progress.step,
-        "rows": len(fit.train),
-        "tokens": progress.tokens,
-        "computed_tokens": progress.computed_tokens,
-        "target_tokens": progress.target_tokens,
-        "seconds": round(progress.seconds, 3),
-        "tokens_per_second": round(progress.tokens / progress.seconds, 1) if progress.seconds else 0.0,
-        "peak_memory_bytes": peak_memory_bytes(fit.model.device),
-        "trainable_parameters": num_trainable(fit.model),
-        "parameters": fit.model.num_parameters(),
-        "train_loss": progress.train_loss,
-        "validation_loss": progress.best_loss if progress.best_loss is not None else progress.validation_loss,
-        "best_step": progress.best_step,
-        "stopped": stopped,
-        "versions": versions(),
-        "command": " ".join(["tunesmith", *sys.argv[1:]]) if Path(sys.argv[0]).name == "tunesmith" else "",
-    }
-    write_json(folder / "run.json", value=summary)
-
-
 @dataclass(frozen=True)
 class Tuned:
     """A tuned model ready for use."""
@@ -390,13 +199,6 @@ class Tuned:
             system = self.run.recipe.data.system
             return [*([Message("system", system)] if system else []), Message("user", prompt)]
         return [m if isinstance(m, Message) else Message(m["role"], m["content"]) for m in prompt]
-
-
-def find_run(run: Run | Path | str, *, workspace: Workspace | None = None) -> Run:
-    """A run by name, unique beginning, recipe name, `latest`, or path."""
-    if isinstance(run, Run):
-        return run
-    return Run((workspace or find_workspace()).find_run(str(run)))
 
 
 def load(run: Run | Path | str, *, workspace: Workspace | None = None, device: str = "auto") -> Tuned:
@@ -459,15 +261,12 @@ def evaluate(
     tuned = load(run, workspace=workspace)
     recipe = run.recipe
     base = load_model(recipe.base, device=str(tuned.model.device)) if recipe.method.kind == "full" else tuned.model
-    prepared = prepare_data(recipe, model=tuned.model, workspace=workspace, template=tuned.template)
-    if data is None and prepared.files != run.resolved["hashes"]["files"]:
-        raise DataError(
-            f"the data files changed since {run.name} was trained, so its held-out rows may no longer be held out",
-            hint="put the files back, or give rows to evaluate on: --data FILE",
-        )
-    name, examples = _held_out(prepared, recipe, data)
+    prepared = None
+    if data is None or "few_shot" in settings.against:
+        prepared = prepare_data(recipe, model=tuned.model, workspace=workspace, template=tuned.template)
+    name, examples = _own_rows(run, prepared) if data is None else (str(data), _other_rows(recipe, data))
     shots: tuple[Example, ...] = ()
-    if "few_shot" in settings.against:
+    if prepared is not None and "few_shot" in settings.against:
         shots = choose_shots(
             prepared.examples("train"),
             count=settings.few_shot,
@@ -515,20 +314,30 @@ def evaluation_settings(run: Run, *, against: list[str] | None = None, rows: int
         ) from None
 
 
-def _held_out(prepared: Prepared, recipe: Recipe, data: Path | str | None) -> tuple[str, list[Example]]:
-    if data is None:
-        name, examples = prepared.held_out()
-        if not examples:
-            raise DataError("the run holds no rows back", hint="give rows to evaluate on: --data FILE")
-        return name, examples
-    problems: list[Any] = []
+def _own_rows(run: Run, prepared: Prepared | None) -> tuple[str, list[Example]]:
+    """The rows that the run itself held out, and which they are."""
+    assert prepared is not None
+    if prepared.files != run.resolved["hashes"]["files"]:
+        raise DataError(
+            f"the data files changed since {run.name} was trained, so its held-out rows may no longer be held out",
+            hint="put the files back, or give rows to evaluate on: --data FILE",
+        )
+    name, examples = prepared.held_out()
+    if not examples:
+        raise DataError("the run holds no rows back", hint="give rows to evaluate on: --data FILE")
+    return name, examples
+
+
+def _other_rows(recipe: Recipe, data: Path | str) -> list[Example]:
+    """The rows of another file, read as the recipe says."""
+    problems: list[Problem] = []
     examples = [to_example(row, settings=recipe.data) for row in read_rows(str(data), on_bad=problems.append)]
     errors = [p for p in problems if p.severity == "error"]
     if errors:
         raise errors[0].as_error()
     if not examples:
         raise DataError("there are no rows in it", file=data, hint="give a file with rows")
-    return str(data), examples
+    return examples
 
 
 def export(run: Run | Path | str, *, form: str, out: Path, workspace: Workspace | None = None) -> Path:

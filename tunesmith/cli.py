@@ -108,9 +108,9 @@ def data_prepare(
     recipe: RecipeArgument, overrides: Set = None, workspace: WorkspaceOption = None, as_json: Json = False
 ) -> None:
     """Read, split, render and count the rows of a recipe; nothing is trained."""
-    from tunesmith.api import prepare_data
     from tunesmith.models.load import load_model
     from tunesmith.recipe import load_recipe
+    from tunesmith.runs import prepare_data
     from tunesmith.texts import ledger_text
 
     loaded = load_recipe(recipe, overrides=overrides)
@@ -161,7 +161,8 @@ def evaluate(
 ) -> None:
     """Base and tuned on the same rows, with intervals and p-values; writes the report."""
     from tunesmith.api import evaluate as run_evaluate
-    from tunesmith.api import evaluation_settings, find_run
+    from tunesmith.api import evaluation_settings
+    from tunesmith.runs import find_run
     from tunesmith.texts import evaluation_text
 
     space = _workspace(workspace)

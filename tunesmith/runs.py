@@ -1,0 +1,238 @@
+"""A run on disk: its folder, what it was made from, and how it is recorded."""
+
+import contextlib
+import datetime
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.data.contract import FILE as CONTRACT
+from tunesmith.data.contract import write_contract
+from tunesmith.data.prepare import Prepared, code_digest, prepare
+from tunesmith.data.sources import resolve
+from tunesmith.data.template import ChatTemplate
+from tunesmith.errors import NotFoundError, RecipeError
+from tunesmith.evaluate.settings import RESOLVED
+from tunesmith.methods.base import num_trainable
+from tunesmith.models.base import NewBase, resolve_base
+from tunesmith.models.load import Model
+from tunesmith.recipe import Recipe
+from tunesmith.registry.index import Index
+from tunesmith.registry.store import Store
+from tunesmith.registry.workspace import Workspace, find_workspace, read_json
+from tunesmith.storage import write_json, write_text
+from tunesmith.train.loop import Fit
+from tunesmith.train.memory import peak_memory_bytes
+from tunesmith.train.settings import TrainSettings
+
+STORED_BYTES = 1 << 30  # a data file up to this size is kept in the store, so its exact bytes stay at hand
+PACKAGES = ("tunesmith", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of a recipe: a folder, and what it says."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's full name."""
+        return self.path.name
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """What `train --json` prints."""
+        return read_json(self.path / "run.json")
+
+    @cached_property
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default, the hashes and the versions."""
+        return read_json(self.path / "resolved.json")
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return Recipe.model_validate(self.resolved["recipe"], context=RESOLVED)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end and its model can be used."""
+        return self.summary.get("state") == "finished" and (self.path / "model").is_dir()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The summary."""
+        return self.summary
+
+
+def index_of(workspace: Workspace) -> Index:
+    """The workspace's index, with its store behind it."""
+    return Index(workspace.index, store=Store(workspace.store))
+
+
+def device_of(settings: TrainSettings) -> str:
+    """The device that the settings mean here; RecipeError where it is not there."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("train.device is cuda and there is no GPU that torch can use", hint="use train.device: auto")
+    return "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def template_of(model: Model, recipe: Recipe, *, run: Path | None = None) -> ChatTemplate:
+    """The recipe's chat template, or the model's own; with the date of `run`, where a run goes on or is used."""
+    today = None
+    if run is not None and (run / CONTRACT).is_file():
+        today = datetime.date.fromisoformat(read_json(run / CONTRACT)["today"])
+    if recipe.data.template is None:
+        return ChatTemplate(model.tokenizer, today=today)
+    path = Path(recipe.data.template)
+    try:
+        source = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise NotFoundError(
+            f"the chat template cannot be read: {error}", file=path, hint="check data.template"
+        ) from None
+    model.tokenizer.chat_template = source
+    return ChatTemplate(model.tokenizer, today=today)
+
+
+def prepare_data(
+    recipe: Recipe,
+    *,
+    model: Model,
+    workspace: Workspace,
+    template: ChatTemplate | None = None,
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> Prepared:
+    """Read, split, render and count the recipe's rows (from the cache where nothing changed)."""
+    limit = model.context_tokens
+    if recipe.data.max_tokens is not None and recipe.data.max_tokens > limit:
+        raise RecipeError(
+            f"data.max_tokens is {recipe.data.max_tokens:,} and the base was made for {limit:,}",
+            hint=f"set it to {limit:,} or less",
+        )
+    workspace.create()
+    return prepare(
+        recipe.data,
+        objective=recipe.objective,
+        template=template or template_of(model, recipe),
+        max_tokens=recipe.data.max_tokens or limit,
+        cache=workspace.cache,
+        on_rows=on_rows,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def resolved_of(recipe: Recipe, *, model: Model, prepared: Prepared, template: ChatTemplate) -> dict[str, Any]:
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "hashes": {
+            "data": prepared.digest,
+            "files": prepared.files,
+            "base": model.digest,
+            "tokenizer": template.tokenizer.digest,
+            "code": code_digest(),
+        },
+        "versions": versions(),
+    }
+
+
+def find_unfinished(workspace: Workspace, recipe: Recipe) -> Path:
+    """The newest unfinished run of this recipe."""
+    for folder in workspace.run_folders():
+        summary = read_json(folder / "run.json")
+        started = (folder / "resolved.json").is_file() and (folder / CONTRACT).is_file()
+        if summary.get("name") == recipe.name and summary.get("state") != "finished" and started:
+            return folder
+    raise NotFoundError(f"there is no unfinished run of '{recipe.name}' to resume", hint="leave --resume out")
+
+
+def check_unchanged(folder: Path, resolved: dict[str, Any]) -> None:
+    """RecipeError where the unfinished run was made from another recipe, other data or another base."""
+    before = read_json(folder / "resolved.json")
+    parts = [part for part in ("recipe", "hashes") if before[part] != resolved[part]]
+    names = [f"{part}.{k}" for part in parts for k in resolved[part] if before[part].get(k) != resolved[part][k]]
+    if names:
+        raise RecipeError(
+            f"the unfinished run {folder.name} was made from something else: {', '.join(names)} changed",
+            hint="put it back as it was, or train a new run without --resume",
+        )
+
+
+def write_start(
+    folder: Path, recipe: Recipe, resolved: dict[str, Any], *, prepared: Prepared, template: ChatTemplate
+) -> None:
+    write_text(folder / "recipe.yaml", text=recipe.as_yaml())
+    write_json(folder / "resolved.json", value=resolved)
+    write_json(folder / "ledger.json", value=prepared.ledger)
+    examples = [e for _, e in zip(range(4), prepared.examples("train"), strict=False)]
+    write_contract(folder, template=template, examples=examples)
+
+
+def record_start(index: Index, folder: Path, recipe: Recipe, *, model: Model, prepared: Prepared) -> None:
+    states = prepared.ledger["states"]
+    counts = {
+        "train": states["trained"] + states["truncated"],
+        "validation": states["held_out_validation"],
+        "test": states["held_out_test"],
+    }
+    datasets = {}
+    given = {"train": recipe.data.train_paths, "validation": recipe.data.validation, "test": recipe.data.test}
+    for role, value in given.items():
+        names = value if isinstance(value, list) else [value] if isinstance(value, str) else []
+        paths = [path for name in names for _, path in resolve(name)]
+        if paths:
+            for path in paths:
+                if index.store is not None and path.stat().st_size <= STORED_BYTES:
+                    index.store.put_file(path)
+            datasets[role] = index.record_dataset(paths, rows=counts[role], form=recipe.data.form)
+    path = Path(recipe.base.config) if isinstance(recipe.base, NewBase) else resolve_base(recipe.base)
+    kind = str(model.causal.config.model_type)
+    base = index.record_base(path, name=model.name, model_type=kind, parameters=model.num_parameters())
+    index.start_run(folder, datasets=datasets, base=base)
+
+
+def write_summary(folder: Path, fit: Fit, *, stopped: str, state: str) -> None:
+    progress = fit.progress
+    summary = read_json(folder / "run.json") | {
+        "path": str(folder),
+        "state": state,
+        "steps": progress.step,
+        "rows": len(fit.train),
+        "tokens": progress.tokens,
+        "computed_tokens": progress.computed_tokens,
+        "target_tokens": progress.target_tokens,
+        "seconds": round(progress.seconds, 3),
+        "tokens_per_second": round(progress.tokens / progress.seconds, 1) if progress.seconds else 0.0,
+        "peak_memory_bytes": peak_memory_bytes(fit.model.device),
+        "trainable_parameters": num_trainable(fit.model),
+        "parameters": fit.model.num_parameters(),
+        "train_loss": progress.train_loss,
+        "validation_loss": progress.best_loss if progress.best_loss is not None else progress.validation_loss,
+        "best_step": progress.best_step,
+        "stopped": stopped,
+        "versions": versions(),
+        "command": " ".join(["tunesmith", *sys.argv[1:]]) if Path(sys.argv[0]).name == "tunesmith" else "",
+    }
+    write_json(folder / "run.json", value=summary)
+
+
+def find_run(run: Run | Path | str, *, workspace: Workspace | None = None) -> Run:
+    """A run by name, unique beginning, recipe name, `latest`, or path."""
+    if isinstance(run, Run):
+        return run
+    return Run((workspace or find_workspace()).find_run(str(run)))
