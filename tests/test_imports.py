@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"evaluate"},
     {"registry"},
     {"recipe"},
-    {"export"},
+    {"runs", "export"},
     {"api"},
     {"chat", "checks", "init", "quickstart", "texts"},  # what single commands do
     {"cli", "serve", "studio", "feedback"},

@@ -3,10 +3,20 @@
 The verbs are in `tunesmith.api`; they are imported on first use, because they need torch.
 """
 
+import sys
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["Run", "Tuned", "evaluate", "export", "find_run", "load", "tune"]
+
+
+class _Package(ModuleType):
+    """The room `evaluate/` and the file `export.py` share their names with verbs; as attributes, the verbs win."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):  # how Python binds a submodule that was imported
+            super().__setattr__(name, value)
 
 
 def __getattr__(name: str) -> Any:
@@ -15,3 +25,6 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
+
+
+sys.modules[__name__].__class__ = _Package

@@ -138,8 +138,8 @@ def test_loop_equals_flat_script(
     adapter, flat_adapter = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "flat"))
     assert adapter.keys() == flat_adapter.keys()
     for name, tensor in adapter.items():
-        moved = flat_adapter[name].abs().max().item()
-        assert moved > 1e-4, f"{name} did not move"
+        if name.endswith("lora_B.weight"):  # starts at zero
+            assert flat_adapter[name].abs().max() > 1e-3, f"{name} did not move"
         torch.testing.assert_close(
             tensor, flat_adapter[name], rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
         )

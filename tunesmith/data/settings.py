@@ -37,7 +37,7 @@ class DataSettings(BaseModel):
         default=None, description="A file with a jinja chat template, used instead of the base model's own."
     )
     max_tokens: int | None = Field(
-        default=None, ge=2, description="The longest row in tokens. None: the context length of the base model."
+        default=None, ge=2, description="The longest row in tokens; null: the context length of the base model."
     )
     too_long: Literal["refuse", "truncate", "drop"] = Field(
         default="refuse",

@@ -10,7 +10,7 @@ RESOLVED = {"resolved": True}  # the validation context of recipes in which ever
 
 
 class EvaluateSettings(BaseModel):
-    """How base and tuned are compared. The first metric that is generated decides the verdict."""
+    """How base and tuned are compared. The first metric decides the verdict."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -33,7 +33,7 @@ class TrainSettings(BaseModel):
     validate_every: int | None = Field(default=None, ge=1, description="optimiser steps; a tenth of the run by default")
     patience: int | None = Field(default=None, ge=1, description="stop after this many validations without a new best")
     gradient_checkpointing: bool = Field(
-        default=False, description="recompute activations: less memory, a third slower"
+        default=False, description="recompute activations in the backward pass: less memory, slower"
     )
     compile: bool = Field(default=False, description="compile the blocks with torch.compile")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU where there is one")
