@@ -147,12 +147,11 @@ def test_the_text_of_a_comparison_is_aligned(workspace):
     assert "no setting differs" in compare_runs(run_folder(workspace), run_folder(workspace)).as_text()
 
 
-@pytest.mark.parametrize("other", [{"rows": 60}, {}])
+@pytest.mark.parametrize("other", [{"rows": 60}, {"rows_sha256": "other"}])
 def test_different_test_rows_are_pointed_out(workspace, other):
-    second = SETTINGS if other else SETTINGS | {"data": {"train": "tickets.jsonl", "test": "other.jsonl"}}
     comparison = compare_runs(
         run_folder(workspace, evaluation=EVALUATION),
-        run_folder(workspace, settings=second, evaluation=EVALUATION | other),
+        run_folder(workspace, evaluation=EVALUATION | other),
     )
     assert len(comparison.notes) == 1
     assert "not evaluated on the same rows" in comparison.as_text()

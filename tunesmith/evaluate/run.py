@@ -6,6 +6,7 @@ computed once.
 """
 
 import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -207,6 +208,8 @@ def evaluate_systems(
     document = _document(
         metrics, answers, systems=systems, run=run, data=data, primary=names[0], rows=len(kept), seed=settings.seed
     )
+    keys = "".join(example.key for example in kept)
+    document["rows_sha256"] = hashlib.sha256(keys.encode()).hexdigest()  # what two runs must share to be compared
     document["left_out_rows"] = len(examples) - len(fitting)
     return Evaluation(document, _row_table(kept, references, answers, scores, plain=template.plain))
 

@@ -148,7 +148,8 @@ def compare_runs(run_a: Path, run_b: Path) -> Comparison:
         )
     notes = []
     rows_a, rows_b = (evaluation.get("rows") for evaluation in evaluations)
-    if all(evaluations) and (rows_a != rows_b or any(s.name.startswith(("recipe.data.", "hashes.files")) for s in settings)):
+    same = rows_a == rows_b and len({evaluation.get("rows_sha256") for evaluation in evaluations}) == 1
+    if all(evaluations) and not same:
         notes.append(
             f"the runs were not evaluated on the same rows ({rows_a} and {rows_b}): their results cannot be compared; "
             "`tunesmith evaluate RUN --data FILE` evaluates each on the same file"
