@@ -152,7 +152,7 @@ BROKEN = {
     "a key that is no name": ("1: x", 1, ["1 is not a name"], []),
     "a wrong type": ("data: {train: a}\ntrain:\n  epochs: many", 3, ["train.epochs", "number", "'many'"], []),
     "text for a section": ("data: {train: a}\ntrain: fast", 2, ["train", "'fast'"], []),
-    "a number too small": ("data: {train: a}\ntrain: {batch_rows: 0}", 2, ["train.batch_rows", "1"], []),
+    "a number too small": ("data: {train: a}\ntrain: {batch_rows: 0}", 2, ["train.batch_rows", "1", "found 0)"], []),
     "not a number": ("data: {train: a}\ntrain: {learning_rate: .nan}", 2, ["train.learning_rate"], []),
     "infinity": ("data: {train: a}\ntrain: {epochs: .inf}", 2, ["train.epochs"], []),
     "a choice that is none": ("data: {train: a, too_long: cut}", 1, ["data.too_long", "truncate"], []),

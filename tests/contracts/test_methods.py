@@ -184,9 +184,9 @@ def test_the_loss_and_the_gradients_do_not_depend_on_packing(
         model.causal.zero_grad(set_to_none=True)
         losses = [forward(model, pack, objective=Instruction()).sum for pack in packs]
         torch.stack(losses).sum().backward()
-        return float(sum(float(loss.detach()) for loss in losses)), torch.cat(
-            [p.grad.flatten() for p in trainable(model).values()]
-        )  # type: ignore[union-attr]
+        gradients = [p.grad for p in trainable(model).values() if p.grad is not None]
+        assert len(gradients) == len(trainable(model))
+        return float(torch.stack(losses).sum().detach()), torch.cat([g.flatten() for g in gradients])
 
     expected, gradient = measured([tree_pack])
     for packs in ([flat_pack], [build_pack([r]) for r in tree_rows]):
@@ -344,7 +344,7 @@ def test_we_read_peft_s_adapter_and_compute_the_same(
     theirs = get_peft_model(eager_twin(model), config, autocast_adapter_dtype=False).eval()
     for parameter in theirs.parameters():
         parameter.data = parameter.data.float().to(parameter.dtype)  # so that what we keep in float32 is exact
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(str(tmp_path))
     found = from_peft(tmp_path)
     assert found.scaling == pytest.approx(method.scaling)
     found.load(model, folder=tmp_path)
@@ -363,7 +363,7 @@ def test_lora_by_hand(build_model: BuildModel) -> None:
     model = build_model("llama", dtype=torch.float32)
     method = Lora(rank=1, alpha=3.0, targets=("down_proj",))
     method.apply(model, seed=0)
-    layer = model.layers[0].mlp.down_proj
+    layer: Any = model.causal.get_submodule("model.layers.0.mlp.down_proj")
     x = torch.zeros(48)
     x[5] = 2.0
     with torch.no_grad():
@@ -498,10 +498,11 @@ def test_merging_rounds_once(build_model: BuildModel) -> None:
     method = Lora(rank=4)
     method.apply(model, seed=0)
     stir(model)
-    layer = model.layers[0].self_attn.q_proj
+    name = "model.layers.0.self_attn.q_proj"
+    layer: Any = model.causal.get_submodule(name)
     expected = (layer.base.weight.float() + layer.delta().float()).bfloat16()
     method.merge(model)
-    assert torch.equal(model.layers[0].self_attn.q_proj.weight, expected)
+    assert torch.equal(model.causal.get_submodule(name).weight, expected)
 
 
 def test_applying_a_method_leaves_other_copies_alone(build_model: BuildModel, tree_pack: Pack) -> None:

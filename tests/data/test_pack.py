@@ -25,7 +25,7 @@ def row_lists(draw: st.DrawFn) -> list[Sequence]:
     tails = draw(st.lists(st.lists(st.integers(0, 3), max_size=12), max_size=9))
     rows: list[list[int]] = []
     for tail in tails:
-        base = rows[draw(st.integers(0, len(rows) - 1))] if rows and draw(st.booleans()) else []
+        base = draw(st.sampled_from([[], *rows]))
         tokens = base[: draw(st.integers(0, len(base)))] + tail
         rows.append(tokens or [0])
     weights = [draw(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=len(r), max_size=len(r))) for r in rows]

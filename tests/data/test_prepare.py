@@ -188,8 +188,10 @@ def test_another_template_or_tokenizer_is_another_preparation(make, template, ma
 
 
 def test_another_objective_is_another_preparation(make):
-    rows = [{"text": "a text"}]
-    assert make(rows, objective=Causal()).digest != make(rows, form="text", objective=Causal()).digest
+    rows = [{"text": "a text"}, row("a?")]
+    causal, instruction = (make(rows, objective=o, bad_rows="drop") for o in (Causal(), Instruction()))
+    assert causal.digest != instruction.digest
+    assert [causal.train.origin(0).line, instruction.train.origin(0).line] == [1, 2]
 
 
 def test_the_hashes_of_the_files_are_kept(make, tmp_path):

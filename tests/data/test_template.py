@@ -121,8 +121,8 @@ def rigs(make_tokenizer_folder: Callable[..., Path]) -> dict[str, Rig]:
 ALL = [*FAMILIES, "starter"]
 
 
-def chat(*turns: tuple[str, str] | tuple[str, str, float], tools: tuple[dict[str, Any], ...] = ()) -> Example:
-    return Example(Origin("rows.jsonl", 7), "chat", tuple(Message(*turn) for turn in turns), tools=tools)
+def chat(*turns: tuple[str, str]) -> Example:
+    return Example(Origin("rows.jsonl", 7), "chat", tuple(Message(*turn) for turn in turns))
 
 
 def conversations(rig: Rig) -> list[Example]:
@@ -179,14 +179,15 @@ def test_the_answers_are_trained_with_one_stop_token_each_and_nothing_else(rigs:
 @pytest.mark.parametrize("name", ALL)
 def test_weights_are_those_of_the_turns(rigs: dict[str, Rig], name: str) -> None:
     rig = rigs[name]
-    turns = [("user", "a"), ("assistant", "b", 0.0), ("user", "c"), ("assistant", "d", 0.5)]
-    sequences = rig.ours.sequences([chat(*turns), chat(*turns[:2])])
+    asked, unweighted = Message("user", "a"), Message("assistant", "b", 0.0)
+    messages = (asked, unweighted, Message("user", "c"), Message("assistant", "d", 0.5))
+    examples = [Example(Origin("rows.jsonl", 7), "chat", shown) for shown in (messages, (asked, unweighted))]
+    sequences = rig.ours.sequences(examples)
     (sequence,) = sequences[0]
     (run,) = rig.trained_runs(sequence)
     assert rig.text(run) == rig.family.trained("d")
     assert set(sequence.weight_T.tolist()) == {0.0, 0.5}
-    messages = [Message(*turn) for turn in turns]
-    assert sequence.tokens_T.tolist() == [*rig.their_ids(messages[:3], prompt=True), *run]
+    assert sequence.tokens_T.tolist() == [*rig.their_ids(list(messages[:3]), prompt=True), *run]
     assert sequences[1] == []
 
 
@@ -296,6 +297,18 @@ def test_a_tokenizer_that_puts_a_space_before_text_puts_none_inside_the_answer()
         return
     assert sequence.tokens_T[: len(prompt.ids)].tolist() == prompt.ids
     assert tokenizer.decode(sequence.tokens_T.tolist()) == "Once upon a time"
+
+
+def test_the_same_exchange_twice_is_trained_twice_where_a_template_forgets_the_first() -> None:
+    source = (
+        "{% for m in (messages[-1:] if add_generation_prompt else messages[-2:]) %}<|{{ m.role }}|>{{ m.content }}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    made = ChatTemplate(Tokenizer.from_folder(STARTER), source=source)
+    exchange = [("user", "a"), ("assistant", "b")]
+    sequences = made.sequences([chat(*exchange, *exchange)])[0]
+    assert [s.num_targets for s in sequences] == [2, 2]
+    assert sequences[0].tokens_T.tolist() == sequences[1].tokens_T.tolist()
 
 
 def test_many_rows_at_once_give_what_each_gives_alone(rigs: dict[str, Rig]) -> None:

@@ -95,7 +95,9 @@ def test_rows_that_leak_are_taken_out_of_training(tunesmith, base, tmp_path):
     write_recipe(tmp_path, base, "leak_train.jsonl", test=str((DIRTY / "leak_test.jsonl").resolve()))
     document = tunesmith("data", "prepare", "dirty.yaml", "--json", folder=tmp_path).document
     assert document["ledger"]["states"]["held_out_test"] == EXPECTED["leak_test.jsonl"]["rows"]
-    assert document["ledger"]["reasons"]["duplicate"] == {"also in test": 1}  # the exact one; data check finds the others
+    assert document["ledger"]["reasons"]["duplicate"] == {
+        "also in test": 1
+    }  # the exact one; data check finds the others
     assert document["train"]["rows"] == EXPECTED["leak_train.jsonl"]["rows"] - 1
 
 

@@ -29,6 +29,7 @@ TRAIN_KEYS = {
     "trainable_parameters", "parameters", "train_loss", "validation_loss", "best_step", "stopped",
 }  # fmt: skip
 FASTER = ["--set", "train.learning_rate=2e-2", "--set", "evaluate.few_shot=2", "--set", "train.epochs=4"]
+SHORT = ["--set", "train.max_steps=1", "--set"]
 QUESTION = "What colour has number 3?"
 
 
@@ -62,13 +63,13 @@ def trained(project: Path, tunesmith: Command) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def evaluated(project: Path, tunesmith: Command, trained: dict[str, Any]) -> dict[str, Any]:
     """What `evaluate --json` printed."""
-    document: dict[str, Any] = tunesmith("evaluate", "colours", "--json", folder=project).document
+    document: dict[str, Any] = tunesmith("evaluate", trained["run"], "--json", folder=project).document
     return document
 
 
 @pytest.fixture(scope="session")
 def merged(project: Path, tunesmith: Command, trained: dict[str, Any]) -> Path:
-    result = tunesmith("export", "colours", "--out", "merged", "--json", folder=project)
+    result = tunesmith("export", trained["run"], "--out", "merged", "--json", folder=project)
     assert result.document == {"path": "merged", "format": "merged"}
     return project / "merged"
 
@@ -118,20 +119,21 @@ def test_the_tuned_model_is_compared_with_its_base(project, trained, evaluated, 
     assert perplexity["differences"]["tuned - base"]["better_rows"] == evaluated["rows"]
     assert evaluated["verdict"] in ("better", "worse", "undecided")
     assert json.loads((Path(trained["path"]) / "evaluation.json").read_text()) == evaluated
-    shown = tunesmith("evaluate", "colours", "--against", "base", "--rows", "2", folder=project)
+
+
+def test_it_is_evaluated_on_other_rows_and_against_less(project, tunesmith):
+    run = tunesmith("train", "recipe.yaml", "--json", *SHORT, "name=other", folder=project).document["run"]
+    write_rows(project / "others.jsonl", 5)
+    document = tunesmith("evaluate", run, "--data", "others.jsonl", "--json", folder=project).document
+    assert (document["rows"], document["data"]) == (5, "others.jsonl")
+    shown = tunesmith("evaluate", run, "--against", "base", "--rows", "2", folder=project)
     assert "difference" in shown.out
     assert "on 2 held-out rows" in shown.out
-
-
-def test_it_is_evaluated_on_other_rows(project, evaluated, tunesmith):
-    write_rows(project / "others.jsonl", 5)
-    document = tunesmith("evaluate", "latest", "--data", "others.jsonl", "--json", folder=project).document
-    assert (document["rows"], document["data"]) == (5, "others.jsonl")
-    tunesmith("evaluate", "latest", folder=project)  # the other tests look at the run's own rows
+    assert "few" not in shown.out.splitlines()[2]
 
 
 def test_the_report_holds_the_result(project, evaluated, tunesmith):
-    path = Path(tunesmith("report", "colours", "--json", folder=project).document["report"])
+    path = Path(tunesmith("report", evaluated["run"], "--json", folder=project).document["report"])
     text = path.read_text()
     assert evaluated["run"] in text
     assert "exact_match" in text
@@ -139,21 +141,22 @@ def test_the_report_holds_the_result(project, evaluated, tunesmith):
 
 
 def test_runs_are_listed_shown_and_compared(project, trained, evaluated, tunesmith):
-    other = tunesmith("train", "recipe.yaml", "--json", "--set", "train.max_steps=2", folder=project).document
-    listed = tunesmith("runs", "--json", folder=project).document
-    assert [run["run"] for run in listed][:2] == [other["run"], trained["run"]]
-    assert {run["state"] for run in listed} == {"finished"}
-    assert listed[1]["verdict"] == evaluated["verdict"]
+    other = tunesmith("train", "recipe.yaml", "--json", *SHORT, "train.seed=1", folder=project).document
+    listed = {run["run"]: run for run in tunesmith("runs", "--json", folder=project).document}
+    assert next(iter(listed)) == other["run"]  # the newest first
+    assert {run["state"] for run in listed.values()} == {"finished"}
+    assert listed[trained["run"]]["verdict"] == evaluated["verdict"]
+    assert trained["run"] in tunesmith("runs", folder=project).out
     shown = tunesmith("show", trained["run"], "--json", folder=project).document
     assert shown["summary"] == {k: trained[k] for k in shown["summary"]}
     assert shown["lineage"]["base"]["state"] == "verified"
     assert shown["ledger"]["rows"] == 40
     comparison = tunesmith("compare", trained["run"], other["run"], "--json", folder=project).document
     settings = {s["name"]: (s["a"], s["b"]) for s in comparison["settings"]}
-    assert settings["recipe.train.max_steps"] == (None, 2)
+    assert settings["recipe.train.max_steps"] == (None, 1)
     assert settings["recipe.train.learning_rate"][0] == 2e-2
-    for command in (["runs"], ["show", "latest"], ["compare", trained["run"], "latest"]):
-        assert trained["run"] in tunesmith(*command, folder=project).out or command == ["show", "latest"]
+    assert other["run"] in tunesmith("show", "colours", folder=project).out  # the newest of that name
+    assert trained["run"] in tunesmith("compare", trained["run"], "latest", folder=project).out
 
 
 def test_it_answers(project, trained, tunesmith):
@@ -192,7 +195,7 @@ def test_a_prompt_that_is_no_text_is_refused(project, trained, tunesmith):
 
 def test_a_run_is_used_from_python(project, trained, monkeypatch):
     monkeypatch.chdir(project)
-    tuned = package.load("colours")
+    tuned = package.load(trained["run"])
     assert isinstance(tuned.generate(QUESTION), str)
     assert package.find_run(trained["run"]).summary == trained
     run = package.tune("recipe.yaml", overrides=["train.max_steps=1", "name=second"])
@@ -252,7 +255,9 @@ def test_the_merged_model_is_the_tuned_one_in_plain_transformers(merged, tuned, 
     conversation = [{"role": "user", "content": QUESTION}]
     rendered = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True, return_dict=True)
     assert rendered["input_ids"] == prompt_ids
-    answer = plain.generate(torch.tensor([prompt_ids]), max_new_tokens=8, do_sample=False)[0, len(prompt_ids) :].tolist()
+    answer = plain.generate(torch.tensor([prompt_ids]), max_new_tokens=8, do_sample=False)[
+        0, len(prompt_ids) :
+    ].tolist()
     from tunesmith.generate.sampling import Sampling
 
     text = tokenizer.decode(answer, skip_special_tokens=True)
@@ -260,7 +265,7 @@ def test_the_merged_model_is_the_tuned_one_in_plain_transformers(merged, tuned, 
 
 
 def test_the_merged_model_is_a_base_itself(merged, project, tunesmith):
-    settings = ["--set", f"base={merged}", "--set", "train.max_steps=1", "--set", "name=again"]
+    settings = [*SHORT, f"base={merged}", "--set", "name=again"]
     assert tunesmith("train", "recipe.yaml", "--json", *settings, folder=project).document["steps"] == 1
 
 
@@ -322,7 +327,17 @@ def uninterrupted(project: Path, tunesmith: Command) -> dict[str, Any]:
 def training(project: Path, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
     """A real `tunesmith train` in the middle of its work."""
     workspace = project / f"stopped-{request.node.callspec.id}"
-    command = [sys.executable, "-m", "tunesmith", "train", "recipe.yaml", "--json", *STEPS, "--workspace", str(workspace)]
+    command = [
+        sys.executable,
+        "-m",
+        "tunesmith",
+        "train",
+        "recipe.yaml",
+        "--json",
+        *STEPS,
+        "--workspace",
+        str(workspace),
+    ]
     environment = os.environ | {"PYTHONPATH": str(Path(package.__file__).parents[1])}
     with subprocess.Popen(
         command, cwd=project, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -337,7 +352,9 @@ def training(project: Path, request: pytest.FixtureRequest) -> Iterator[subproce
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=["int", "term", "kill"]
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)],
+    ids=["int", "term", "kill"],
 )
 def test_a_stopped_training_goes_on_to_the_same_bits(project, training, uninterrupted, tunesmith, number, status):
     training.send_signal(number)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.data.pack import build_pack
+from tunesmith.data.pack import Pack, build_pack
 from tunesmith.data.tokens import TokenStore
 from tunesmith.data.types import Sequence
 from tunesmith.errors import Interrupted, NumericalError, StorageError
@@ -160,7 +160,12 @@ def test_each_row_is_trained_once_an_epoch_in_an_order_of_its_own(make_fit: Make
     seen: list[list[int]] = []
     fit = make_fit(epochs=3)
     original = fit._packs
-    fit._packs = lambda units: (seen.append(units), original(units))[1]  # type: ignore[method-assign]
+
+    def packs(units: list[int]) -> list[Pack]:
+        seen.append(units)
+        return original(units)
+
+    fit._packs = packs  # type: ignore[method-assign]
     fit.run()
     assert [len(s) for s in seen] == [4, 4, 2] * 3
     epochs = [[unit for step in seen[i : i + 3] for unit in step] for i in (0, 3, 6)]
@@ -271,7 +276,7 @@ def cut_power(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[in
     Returns the count of halves so far; `cut_power(None)` only counts. What would tidy up afterwards is dead as well.
     """
     state: dict[str, Any] = {"at": None, "count": [0], "dead": False}
-    originals = {"replace": os.replace, "unlink": os.unlink, "rmtree": shutil.rmtree}
+    originals: dict[str, Callable[..., None]] = {"replace": os.replace, "unlink": os.unlink, "rmtree": shutil.rmtree}
 
     def half() -> None:
         if state["dead"] or state["count"][0] == state["at"]:
