@@ -1,8 +1,10 @@
 """Turn the instructed model into the starter that ships: 16-bit weights, tokenizer, and a model card with its numbers.
 
-    python recipes/starter/publish.py --model build/instructed --pretrained build/lengthened --numbers numbers.json
+    python publish.py --instructed build/instructed --pretrained build/lengthened [--numbers numbers.json]
 
-`numbers.json` is what measure.py printed. The weights are stored in float16, which loses less than bfloat16 here.
+The weights that ship are a weighted mean of the two models' (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", eq. 1),
+which keeps what the instruction stage alone forgets. `numbers.json` is what measure.py printed. The weights are stored in
+float16, which loses less than bfloat16 here.
 """
 
 import argparse
@@ -21,17 +23,23 @@ MAX_BYTES = 16 * 2**20
 def main() -> None:
     """Write tunesmith/starter/model."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--instructed", required=True)
+    parser.add_argument("--pretrained", required=True)
+    parser.add_argument("--share", type=float, default=0.8, help="of the instructed model in the mean")
     parser.add_argument("--numbers", type=Path)
     parser.add_argument("--card", type=Path, default=Path(__file__).parent / "CARD.md")
     arguments = parser.parse_args()
-    model = load_model(arguments.model)
-    largest = max(float(p.abs().max()) for p in model.causal.parameters())
+    model, pretrained = load_model(arguments.instructed), load_model(arguments.pretrained)
+    with torch.no_grad():
+        for own, other in zip(model.causal.parameters(), pretrained.causal.parameters(), strict=True):
+            own.mul_(arguments.share).add_(other, alpha=1 - arguments.share)
+        largest = max(float(p.abs().max()) for p in model.causal.parameters())
     assert largest < torch.finfo(torch.float16).max, "the weights do not fit into float16"
     model.causal.to(torch.float16)
     with new_folder(STARTER) as new:
         model.save(new)
         weights = new / "model.safetensors"
+        weights.chmod(0o644)
         assert weights.stat().st_size <= MAX_BYTES, f"{weights.stat().st_size:,} bytes are too many"
         card = arguments.card.read_text("utf-8")
         if arguments.numbers is not None:

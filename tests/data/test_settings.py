@@ -37,7 +37,7 @@ def test_mapped_form(mapping, form):
     [
         ({"validation": 0.0}, "between 0 and 1"),
         ({"validation": 1}, "between 0 and 1"),
-        ({"test": float("nan")}, "between 0 and 1"),
+        ({"test": float("nan")}, "finite number"),
         ({"validation": 0.5, "test": 0.5}, "nothing to train on"),
         ({"train": []}, "names no file"),
         ({"train": ["a", "a"]}, "'a' twice"),
