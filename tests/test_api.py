@@ -146,6 +146,7 @@ def test_a_recipe_may_be_an_object_a_path_or_a_text(project, monkeypatch):
         ("base=gone", NotFoundError, "gone"),
         ("base=rows.jsonl", ModelError, "file"),
         ("method.targets=[nothing]", RecipeError, "nothing"),
+        ("method.rank=1000000000", RecipeError, "rank"),
         ("objective=causal", DataError, "plain text"),
         ("data.max_tokens=20", DataError, "20 are allowed"),
     ],
@@ -173,6 +174,14 @@ def test_a_loss_that_is_not_finite_fails_the_run_and_names_the_rows(project):
     assert known.state == "failed"
     with pytest.raises(NotFoundError, match="has no model yet"):
         api.load(folder)
+
+
+def test_a_validation_loss_that_is_not_finite_fails_the_run(project):
+    with pytest.raises(NumericalError, match="validation") as caught:
+        tune(project, "train.learning_rate=1e300", "train.max_steps=1", "train.warmup=0")
+    assert caught.value.hint
+    (folder,) = Workspace(project / "w").run_folders()
+    assert not api.Run(folder).finished
 
 
 # ------------------------------------------------------------------------------------------------ stop and go on

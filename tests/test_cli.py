@@ -132,15 +132,15 @@ def test_without_a_command_the_commands_are_listed():
     ("arguments", "message"),
     [
         (["trian", "r.yaml"], "trian"),
-        (["train"], "RECIPE"),
+        (["train"], "recipe"),
         (["train", "r.yaml", "--sett", "a=b"], "--set"),
         (["train", "r.yaml", "extra"], "extra"),
         (["train", "r.yaml", "--set"], "--set"),
-        (["evaluate", "x", "--rows", "many"], "many"),
+        (["evaluate", "x", "--rows", "many"], "--rows"),
         (["generate", "x", "hello", "--max-tokens", "0"], "--max-tokens"),
         (["generate", "x", "hello", "--temperature", "-1"], "--temperature"),
         (["export", "x"], "--out"),
-        (["compare", "x"], "OTHER"),
+        (["compare", "x"], "other"),
         (["data", "chek"], "chek"),
     ],
 )
@@ -197,9 +197,10 @@ def test_a_run_without_a_model_is_refused(started, command):
     assert "--resume" in hint
 
 
+@pytest.mark.parametrize("content", ['{"run": "supp', "[]"])
 @pytest.mark.parametrize("command", RUN_COMMANDS)
-def test_a_damaged_run_is_refused(started, command):
-    (Path(".tunesmith") / "runs" / started / "run.json").write_text('{"run": "supp')
+def test_a_damaged_run_is_refused(started, command, content):
+    (Path(".tunesmith") / "runs" / started / "run.json").write_text(content)
     error, hint = call(*run_arguments(command, started)).refused()
     assert "run.json" in error
     assert hint

@@ -36,7 +36,7 @@ from tunesmith.methods.base import set_trainable_dtype
 from tunesmith.models.load import Model, load_model
 from tunesmith.recipe import Recipe, load_recipe
 from tunesmith.registry.index import Index
-from tunesmith.registry.workspace import Workspace, find_workspace, read_json
+from tunesmith.registry.workspace import Workspace, find_workspace
 from tunesmith.runs import (
     Run,
     check_unchanged,
@@ -51,7 +51,7 @@ from tunesmith.runs import (
     write_start,
     write_summary,
 )
-from tunesmith.storage import new_folder
+from tunesmith.storage import new_folder, read_json
 from tunesmith.train.loop import Fit, Observer
 from tunesmith.train.observers import Silent, recording
 from tunesmith.train.settings import TrainSettings

@@ -26,8 +26,8 @@ from tunesmith.models.load import Model
 from tunesmith.recipe import Recipe
 from tunesmith.registry.index import Index
 from tunesmith.registry.store import Store
-from tunesmith.registry.workspace import Workspace, find_workspace, read_json
-from tunesmith.storage import write_json, write_text
+from tunesmith.registry.workspace import Workspace, find_workspace
+from tunesmith.storage import read_json, write_json, write_text
 from tunesmith.train.loop import Fit
 from tunesmith.train.memory import peak_memory_bytes
 from tunesmith.train.settings import TrainSettings

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import StorageError
+from tunesmith.errors import NotFoundError, StorageError
 
 CHUNK_BYTES = 1 << 20
 
@@ -115,3 +115,19 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises NotFoundError if there is none, StorageError if it is damaged or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise NotFoundError("no such file", file=path, hint="check that the run's folder is complete") from error
+    except json.JSONDecodeError as error:
+        hint = "the file is damaged: bring it back from a copy, or do that step again"
+        raise StorageError(f"not JSON: {error.msg}", file=path, line=error.lineno, hint=hint) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"cannot be read: {error}", file=path, hint="check the disk and the permissions") from error
+    if not isinstance(value, dict):
+        raise StorageError("not a JSON object", file=path, hint="the file is damaged: do that step again")
+    return value

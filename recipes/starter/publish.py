@@ -2,7 +2,7 @@
 
     python publish.py --instructed build/instructed --pretrained build/lengthened [--numbers numbers.json]
 
-The weights that ship are a weighted mean of the two models' (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", eq. 1),
+The weights that ship are a weighted mean of the two models' (Wortsman et al. 2022, robust fine-tuning, eq. 1),
 which keeps what the instruction stage alone forgets. `numbers.json` is what measure.py printed. The weights are stored in
 float16, which loses less than bfloat16 here.
 """

@@ -219,6 +219,20 @@ def test_a_preparation_that_is_stopped_leaves_nothing(make, tmp_path, at):
     assert counted[-1] == 1500
 
 
+def test_what_another_process_prepared_meanwhile_is_kept(make):
+    rows = [row(f"{i}?") for i in range(20)]
+    others: list[Prepared] = []
+
+    def meanwhile(num_rows: int) -> None:
+        others.append(make(rows))
+        (others[0].folder / "mark").write_text("it is being read")
+
+    prepared = make(rows, on_rows=meanwhile)
+    assert prepared.folder == others[0].folder
+    assert (prepared.folder / "mark").exists()
+    assert [entry.name for entry in prepared.folder.parent.iterdir()] == [prepared.folder.name]
+
+
 # ---------------------------------------------------------------------------------------------------------- split
 
 QUESTIONS = st.lists(

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.errors import NotFoundError, RecipeError, StorageError
-from tunesmith.registry.workspace import RUN_NAME, Workspace, find_workspace, read_json, recipe_name
-from tunesmith.storage import write_json
+from tunesmith.registry.workspace import RUN_NAME, Workspace, find_workspace, recipe_name
+from tunesmith.storage import read_json, write_json
 
 
 @pytest.fixture

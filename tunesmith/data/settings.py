@@ -61,6 +61,13 @@ class DataSettings(BaseModel):
         sides = {"validation": self.validation, "test": self.test}
         return {name: value for name, value in sides.items() if isinstance(value, float)}
 
+    @field_validator("system")
+    @classmethod
+    def _whole_characters(cls, value: str | None) -> str | None:
+        if value is not None and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError("the text holds half of a surrogate pair, which is no character")
+        return value
+
     @field_validator("validation", "test", mode="before")
     @classmethod
     def _no_truth_value(cls, value: object) -> object:

@@ -69,13 +69,14 @@ class ChatTemplate:
     ) -> str:
         """The conversation as text; raises TemplateError where the template refuses it or breaks its bounds."""
         names = {"messages": messages, "tools": tools or None, "add_generation_prompt": generation_prompt}
-        return render_bounded(self._sandbox, self._template, names | self._names)
+        text = render_bounded(self._sandbox, self._template, names | self._names)
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise TemplateError("the text holds half of a surrogate pair, which is no character", hint="mend the text")
+        return text
 
     def prompt(self, messages: list[Message], *, tools: tuple[dict[str, Any], ...] = ()) -> RenderedPrompt:
         """What the model is given to answer after `messages`: the same ids as in training."""
         guard = self._guard(messages, tools)
-        if any(0xD800 <= ord(c) <= 0xDFFF for m in messages for c in m.content):
-            raise TemplateError("the text holds half of a surrogate pair, which is no character", hint="mend the text")
         text = self.render(
             self._guarded(messages, guard), tools=self._guard_value(list(tools), guard), generation_prompt=True
         )

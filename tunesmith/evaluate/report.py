@@ -17,8 +17,8 @@ from tunesmith.evaluate.curves import Scale, curves
 from tunesmith.evaluate.examples import Headline, examples
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.statistics import SIGNIFICANCE, decimals, p_text
-from tunesmith.evaluate.texts import bytes_text, clip, duration_text, number_text, read_json, time_text
-from tunesmith.storage import write_text
+from tunesmith.evaluate.texts import bytes_text, clip, duration_text, number_text, read_optional, time_text
+from tunesmith.storage import read_json, write_text
 
 MAX_FOLD = 600  # characters of a text shown before the rest is folded
 MAX_DOCUMENT = 40_000  # characters of the recipe
@@ -32,14 +32,14 @@ def write_report(run_folder: Path) -> Path:
     where they exist. Raises NotFoundError if one of the first two is missing, StorageError if a file is damaged.
     """
     run_folder = Path(run_folder)
-    run, resolved = read_json(run_folder / "run.json"), read_json(run_folder / "resolved.json")
-    for name, document in (("run.json", run), ("resolved.json", resolved)):
-        if document is None:
-            raise NotFoundError(
-                f"{run_folder} holds no {name}, so it is not a finished run",
-                hint="`tunesmith runs` lists the runs; `tunesmith train RECIPE --resume` finishes one",
-            )
-    evaluation = read_json(run_folder / "evaluation.json")
+    try:
+        run, resolved = read_json(run_folder / "run.json"), read_json(run_folder / "resolved.json")
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"{run_folder} is not a finished run: it holds no {Path(str(error.file)).name}",
+            hint="`tunesmith runs` lists the runs; `tunesmith train RECIPE --resume` finishes one",
+        ) from error
+    evaluation = read_optional(run_folder / "evaluation.json")
     headline = Headline.of(evaluation)
     recipe = run_folder / "recipe.yaml"
     view = {
@@ -52,7 +52,7 @@ def write_report(run_folder: Path) -> Path:
         "differences": _differences(evaluation) if evaluation else None,
         "curves": curves(run_folder / "metrics.jsonl", best_step=run.get("best_step")),
         "examples": examples(run_folder / "examples.jsonl", headline=headline),
-        "ledger": _ledger(read_json(run_folder / "ledger.json")),
+        "ledger": _ledger(read_optional(run_folder / "ledger.json")),
         "recipe": clip(recipe.read_text(encoding="utf-8"), MAX_DOCUMENT) if recipe.exists() else None,
         "versions": run.get("versions") or {},
         "settings": dict(_flatten(resolved)),

@@ -8,20 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import StorageError
+from tunesmith.storage import read_json
 
 MAX_TEXT = 4_000  # characters of one prompt, answer or reference; thirty examples stay well below a megabyte
 
 
-def read_json(path: Path) -> Any:
-    """The document, None if there is no such file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise StorageError(
-            f"damaged: {error}", file=path, hint="delete the file and run the command that writes it"
-        ) from error
+def read_optional(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, None if there is no such file."""
+    return read_json(path) if path.exists() else None
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -14,10 +14,10 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -88,6 +88,15 @@ class LoraLinear(nn.Module):
         return delta.T if self.transposed else delta
 
 
+def _targets(value: Any) -> Any:
+    """One name stands for a list of one; no name for none is meant."""
+    if isinstance(value, str) and value != "all-linear":
+        return (value,)
+    if isinstance(value, list | tuple) and not value:
+        raise ValueError("targets names no layer; leave it out for all of them")
+    return value
+
+
 class Lora(Method):
     """A low-rank update beside frozen weights."""
 
@@ -96,11 +105,11 @@ class Lora(Method):
     learning_rate: ClassVar[float] = 5e-4
     rank: int = Field(default=16, ge=1, description="r, the rank of the update")
     alpha: float | None = Field(
-        default=None, gt=0, description="the update is scaled by alpha / rank; 2 * rank by default"
+        default=None, gt=0, le=1e6, description="the update is scaled by alpha / rank; 2 * rank by default"
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the update's input while training")
     rank_stabilised: bool = Field(default=False, description="scale by alpha / sqrt(rank)")
-    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+    targets: Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_targets)] = Field(
         default="all-linear", description="names of the layers to adapt, such as q_proj; all but the head by default"
     )
 
@@ -116,6 +125,12 @@ class Lora(Method):
         generator = torch.Generator().manual_seed(seed)
         for name in self._target_names(model):
             layer = model.causal.get_submodule(name)
+            smallest = min(cast(Tensor, layer.weight).shape)
+            if self.rank > smallest:
+                raise RecipeError(
+                    f"method.rank is {self.rank} and {name} is only {smallest} wide: a higher rank has no effect",
+                    hint=f"use a rank of {smallest} or less",
+                )
             lora = LoraLinear(layer, rank=self.rank, scaling=self.scaling, dropout=self.dropout, generator=generator)
             _replace(model.causal, name, lora)
 

@@ -29,7 +29,7 @@ class NewBase(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     config: str = Field(description="path of a config.json")
     tokenizer: str = Field(description="folder with tokenizer.json and tokenizer_config.json")
-    seed: int = Field(default=0, description="seed of the initial weights")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the initial weights")
 
 
 def resolve_base(name: str) -> Path:

@@ -13,7 +13,8 @@ from typing import Any
 
 from tunesmith.errors import NotFoundError, StorageError
 from tunesmith.registry.index import Index, Lineage
-from tunesmith.registry.workspace import Workspace, read_json, recipe_name
+from tunesmith.registry.workspace import Workspace, recipe_name
+from tunesmith.storage import read_json
 
 MAX_CELL = 60  # characters of one value in a text for people; as_dict() has all
 
@@ -127,11 +128,11 @@ def compare_runs(run_a: Path, run_b: Path) -> Comparison:
     """Lay two run folders side by side. Raises NotFoundError, StorageError if a file is not there or damaged."""
     settings = [
         SettingDifference(name, a, b)
-        for name, (a, b) in _paired(*(_flattened(_document(run / "resolved.json")) for run in (run_a, run_b))).items()
+        for name, (a, b) in _paired(*(_flattened(read_json(run / "resolved.json")) for run in (run_a, run_b))).items()
         if a != b
     ]
     evaluations = [_evaluation(run) for run in (run_a, run_b)]
-    train = _paired(*(_train_results(_document(run / "run.json")) for run in (run_a, run_b)))
+    train = _paired(*(_train_results(read_json(run / "run.json")) for run in (run_a, run_b)))
     measured = _paired(*(_evaluation_results(evaluation) for evaluation in evaluations))
     results = [Result(name, a, b) for name, (a, b) in train.items()]
     for name, (a, b) in measured.items():
@@ -170,7 +171,7 @@ def runs_table(index: Index) -> list[RunSummary]:
     for folder in Workspace(index.path.parent).run_folders():
         if folder.name not in known:
             with contextlib.suppress(StorageError):  # a damaged run must not hide the others
-                document, evaluation = _document(folder / "run.json"), _evaluation(folder)
+                document, evaluation = read_json(folder / "run.json"), _evaluation(folder)
                 summaries.append(_summary(folder, document=document, evaluation=evaluation, base=None))
     return sorted(summaries, key=lambda summary: summary.created, reverse=True)
 
@@ -195,9 +196,9 @@ def show_run(run: Path, index: Index, *, verify: bool = True) -> RunDetails:
     return RunDetails(
         run=run.name,
         path=str(run),
-        summary=_document(run / "run.json"),
+        summary=read_json(run / "run.json"),
         lineage=lineage,
-        ledger=_document(run / "ledger.json") if (run / "ledger.json").exists() else None,
+        ledger=read_json(run / "ledger.json") if (run / "ledger.json").exists() else None,
         sentence=_evaluation(run).get("sentence"),
         files={entry.name + ("/" if entry.is_dir() else ""): _num_bytes(entry) for entry in sorted(run.iterdir())},
     )
@@ -209,16 +210,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _document(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise StorageError("not a JSON object", file=path, hint="the file is damaged: do that step again")
-    return value
-
-
 def _evaluation(run: Path) -> dict[str, Any]:
     """The evaluation.json of a run folder; empty where the run was not evaluated."""
-    return _document(run / "evaluation.json") if (run / "evaluation.json").exists() else {}
+    return read_json(run / "evaluation.json") if (run / "evaluation.json").exists() else {}
 
 
 def _flattened(value: dict[str, Any], *, before: str = "") -> dict[str, Any]:

@@ -21,8 +21,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, rela
 
 from tunesmith.errors import NotFoundError, StorageError
 from tunesmith.registry.store import Store, digest_of
-from tunesmith.registry.workspace import read_json, recipe_name, timestamp
-from tunesmith.storage import storage_errors
+from tunesmith.registry.workspace import recipe_name, timestamp
+from tunesmith.storage import read_json, storage_errors
 
 SCHEMA_VERSION = 1
 BUSY_SECONDS = 30.0

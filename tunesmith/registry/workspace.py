@@ -6,17 +6,15 @@ Nothing is created before the first write.
 
 import contextlib
 import difflib
-import json
 import os
 import re
 import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from tunesmith.errors import NotFoundError, RecipeError, StorageError
-from tunesmith.storage import storage_errors, write_json, write_text
+from tunesmith.storage import read_json, storage_errors, write_json, write_text
 
 FOLDER = ".tunesmith"
 VARIABLE = "TUNESMITH_WORKSPACE"
@@ -156,19 +154,6 @@ def recipe_name(run_name: str) -> str:
 def timestamp() -> str:
     """This moment, ISO 8601 in UTC with microseconds, so that texts sort as times."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises NotFoundError if there is none, StorageError if it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise NotFoundError("no such file", file=path, hint="check that the run's folder is complete") from error
-    except json.JSONDecodeError as error:
-        hint = "the file is damaged: bring it back from a copy, or do that step again"
-        raise StorageError(f"not JSON: {error.msg}", file=path, line=error.lineno, hint=hint) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise StorageError(f"cannot be read: {error}", file=path, hint="check the disk and the permissions") from error
 
 
 def _meant(text: str, *, folders: list[Path]) -> list[Path]:

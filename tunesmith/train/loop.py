@@ -296,6 +296,11 @@ class Fit:
         if totals is None:
             self._interrupted()
         loss = totals.mean("loss")
+        if not math.isfinite(loss):
+            raise NumericalError(
+                f"the validation loss is {loss} after step {self.progress.step}: the training has diverged",
+                hint="lower train.learning_rate",
+            )
         progress = self.progress
         recent = sum(progress.recent) / len(progress.recent)
         falling = progress.last_recent is not None and recent < progress.last_recent

@@ -26,7 +26,7 @@ class TrainSettings(BaseModel):
         default=4096, ge=1, description="tokens computed at a time; bounds memory, not the result"
     )
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the forward and backward pass")
-    seed: int = Field(default=0, ge=0, description="of order, initial adapter weights and dropout")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of order, initial adapter weights and dropout")
     checkpoint_every: int | None = Field(
         default=None, ge=1, description="optimiser steps; a tenth of the run by default"
     )
