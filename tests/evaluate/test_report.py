@@ -320,7 +320,7 @@ def test_a_folder_that_is_no_run(tmp_path, name):
         write_report(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "line"), [("evaluation.json", 2), ("examples.jsonl", 1)])
+@pytest.mark.parametrize(("name", "line"), [("evaluation.json", 3), ("examples.jsonl", 1)])
 def test_damaged_files_are_named(tmp_path, name, line):
     make_run(tmp_path)
     (tmp_path / name).write_text('{"run": \n{}\n')
