@@ -75,10 +75,11 @@ def write_json(path: Path, *, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` when the block ends without an error.
 
-    Every file in it is fsynced before the rename. An existing folder `path` is replaced.
+    Every file in it is fsynced before the rename. An existing folder `path` is replaced; with `replace=False`, for folders
+    named by their content, it is kept, and what was written here is dropped.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +96,9 @@ def new_folder(path: Path) -> Iterator[Path]:
                 fsync_folder(folder)
             fsync_folder(temporary)
             os.chmod(temporary, 0o755)
-            if path.exists():
+            if not replace:
+                _rename_unless_there(temporary, path)
+            elif path.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
                 os.replace(path, old / "content")
                 os.replace(temporary, path)
@@ -106,6 +109,16 @@ def new_folder(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _rename_unless_there(temporary: Path, path: Path) -> None:
+    """Rename, or drop `temporary` where another process put the same content at `path` meanwhile."""
+    try:
+        os.rename(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        shutil.rmtree(temporary)
 
 
 def sha256_file(path: Path) -> str:

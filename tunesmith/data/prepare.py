@@ -131,7 +131,7 @@ def prepare(
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     folder = cache / "prepared" / digest[:32]
     if not (folder / "ledger.json").is_file():
-        with new_folder(folder) as new:
+        with new_folder(folder, replace=False) as new:
             _Preparation(settings, objective, template, max_tokens, new, on_rows).run()
             (new / "files.json").write_text(json.dumps(files, indent=1), "utf-8")
     return Prepared(folder, digest)
