@@ -21,6 +21,7 @@ from tunesmith import quickstart
 from tunesmith.data.formats import examine
 from tunesmith.data.sources import read_rows
 from tunesmith.data.types import Example
+from tunesmith.models.base import STARTER
 from tunesmith.recipe import load_recipe
 
 Command = Callable[..., Any]
@@ -305,6 +306,17 @@ def test_the_quickstart_recipe_fits_its_rows():
         rows = [examine(row, settings=recipe.data) for row in read_rows(source, on_bad=pytest.fail)]
         assert len(rows) > 100
         assert all(isinstance(row, Example) for row in rows)
+
+
+@pytest.mark.skipif(not (STARTER / "config.json").is_file(), reason="the starter's weights are not here")
+def test_the_starter_takes_its_sample_as_it_is(tunesmith, tmp_path):
+    source = load_recipe(quickstart.RECIPE).data.train_paths[0]
+    document = tunesmith("data", "check", source, "--json", folder=tmp_path).document  # exit 0: no row at fault
+    assert document["rows"] == sum(document["ledger"].values())
+    assert document["tokens"]["longest"] <= document["tokens"]["limit"]
+    written = tunesmith("init", "--from", source, "--json", folder=tmp_path).document
+    assert written["rows"] == document["rows"]
+    assert load_recipe(tmp_path / "recipe.yaml").base == "starter"
 
 
 # ------------------------------------------------------------------------------------------------- being stopped
