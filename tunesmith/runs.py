@@ -138,6 +138,7 @@ def versions() -> dict[str, str]:
 
 
 def resolved_of(recipe: Recipe, *, model: Model, prepared: Prepared, template: ChatTemplate) -> dict[str, Any]:
+    """What resolved.json holds: the recipe with every default, and what it was resolved against."""
     return {
         "recipe": recipe.model_dump(mode="json"),
         "hashes": {

@@ -27,7 +27,6 @@ from tunesmith.evaluate.statistics import compare, interval, verdict
 from tunesmith.generate.runner import Generator
 from tunesmith.generate.sampling import Sampling
 from tunesmith.models.load import Model
-from tunesmith.models.readout import target_logprobs
 from tunesmith.objectives.base import Objective
 from tunesmith.storage import write_json, write_text
 
@@ -294,14 +293,7 @@ def _likelihood(
     model.causal.eval()
     with torch.no_grad():
         for pack in build_packs(sequences, max_tokens=PACK_TOKENS):
-            hidden_TD = model.hidden(model.attention(pack))
-            logprob_N = target_logprobs(
-                hidden_TD,
-                head=model.head,
-                source_N=torch.from_numpy(pack.source_N).to(hidden_TD.device),
-                target_N=torch.from_numpy(pack.target_N).to(hidden_TD.device),
-                softcap=model.softcap,
-            )
+            logprob_N = model.target_logprobs(pack)
             rows_N = pack.rows_S[pack.sequence_N]
             np.add.at(nll_B, rows_N, -logprob_N.double().cpu().numpy())
             np.add.at(tokens_B, rows_N, 1)

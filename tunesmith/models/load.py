@@ -22,6 +22,7 @@ from tunesmith.data.pack import Pack
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import ModelError
 from tunesmith.models.base import NewBase, context_of, digest_folder, read_config, resolve_base
+from tunesmith.models.readout import target_logprobs
 
 DROPOUTS = (
     "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "resid_dropout",
@@ -91,6 +92,17 @@ class Model:
         from tunesmith.models.attention import PackAttention
 
         return PackAttention(pack, device=self.device)
+
+    def target_logprobs(self, pack: Pack) -> Tensor:
+        """Log-probability [N] of each of the pack's targets, in float32 at least; gradients flow."""
+        hidden_TD = self.hidden(self.attention(pack))
+        return target_logprobs(
+            hidden_TD,
+            head=self.head,
+            source_N=torch.from_numpy(pack.source_N).to(hidden_TD.device),
+            target_N=torch.from_numpy(pack.target_N).to(hidden_TD.device),
+            softcap=self.softcap,
+        )
 
     def num_parameters(self) -> int:
         """Parameters in all, tied ones once."""

@@ -20,7 +20,6 @@ from tunesmith.data.sources import read_rows
 from tunesmith.data.types import Sequence
 from tunesmith.errors import DataError
 from tunesmith.models.load import Model
-from tunesmith.models.readout import target_logprobs
 
 CHUNK_PAIRS = 512
 PACK_TOKENS = 4096
@@ -89,13 +88,6 @@ def sentence_logprobs(model: Model, *, texts: list[str]) -> np.ndarray:
     total_S = np.zeros(len(texts))
     with torch.no_grad():
         for pack in build_packs(sequences, max_tokens=PACK_TOKENS, min_shared=4):
-            hidden_TD = model.hidden(model.attention(pack))
-            logprob_N = target_logprobs(
-                hidden_TD,
-                head=model.head,
-                source_N=torch.from_numpy(pack.source_N).to(hidden_TD.device),
-                target_N=torch.from_numpy(pack.target_N).to(hidden_TD.device),
-                softcap=model.softcap,
-            )
+            logprob_N = model.target_logprobs(pack)
             np.add.at(total_S, pack.rows_S[pack.sequence_N], logprob_N.double().cpu().numpy())
     return total_S

@@ -25,7 +25,6 @@ from tunesmith.data.types import Sequence
 from tunesmith.errors import Interrupted, NumericalError
 from tunesmith.methods.base import Method, num_trainable, trainable
 from tunesmith.models.load import Model
-from tunesmith.models.readout import target_logprobs
 from tunesmith.objectives.base import Loss, Objective, Readout, Totals
 from tunesmith.train import checkpoint
 from tunesmith.train.memory import peak_memory_bytes, release_free_memory
@@ -84,23 +83,10 @@ class FitResult:
 
 def forward(model: Model, pack: Pack, *, objective: Objective) -> Loss:
     """One pack through the model and the objective."""
-    attention = model.attention(pack)
-    hidden_TD = model.hidden(attention)
-    device = hidden_TD.device
-
-    def on_device(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(device)
-
-    logprob_N = target_logprobs(
-        hidden_TD,
-        head=model.head,
-        source_N=on_device(pack.source_N),
-        target_N=on_device(pack.target_N),
-        softcap=model.softcap,
-    )
-    readout = Readout(
-        logprob_N, on_device(pack.weight_N).to(logprob_N.dtype), on_device(pack.sequence_N), len(pack.rows_S)
-    )
+    logprob_N = model.target_logprobs(pack)
+    device = logprob_N.device
+    weight_N = torch.from_numpy(pack.weight_N).to(device, logprob_N.dtype)
+    readout = Readout(logprob_N, weight_N, torch.from_numpy(pack.sequence_N).to(device), len(pack.rows_S))
     return objective.loss(readout, pack)
 
 
