@@ -5,6 +5,7 @@ Everything is made on the fly in a temporary folder, so no test needs a network 
 
 import copy
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from tunesmith.data.tokens import TokenStore, TokenWriter
 from tunesmith.data.types import Origin, Sequence
 from tunesmith.models.load import Model, NewBase, load_model
 
+# One thread here and in every child: sums are added in the same order, so bits can be compared across processes.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 SPECIAL = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 VOCABULARY = 264  # 256 bytes, the special tokens, and two that the tokenizer does not know
