@@ -251,7 +251,7 @@ def run_ours(
     return clock.result(
         computed_tokens=progress.computed_tokens,
         target_tokens=progress.target_tokens,
-        settings={"micro_batch_tokens": settings.micro_batch_tokens, "attention": "tunesmith"},
+        settings={"micro_batch_tokens": settings.tokens_at_a_time("cpu"), "attention": "tunesmith"},
     )
 
 

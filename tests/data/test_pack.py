@@ -165,7 +165,9 @@ def test_build_packs_keeps_within_its_bound(rows: list[Sequence], max_tokens: in
     packs = list(build_packs(rows, max_tokens=max_tokens, min_shared=min_shared))
     assert sorted(n for p in packs for n in p.rows_S.tolist()) == sorted(r.row for r in rows)
     for pack in packs:
-        assert len(pack.tokens_T) <= max_tokens or len(pack.rows_S) == 1
+        below_a_branch = pack.end_T < len(pack.tokens_T)
+        num_root_tokens = int(below_a_branch.argmax()) if below_a_branch.any() else len(pack.tokens_T)
+        assert len(pack.tokens_T) - num_root_tokens <= max_tokens
     assert sum(p.num_row_tokens for p in packs) == sum(len(r.tokens_T) for r in rows)
     assert sum(float(p.weight_N.sum()) for p in packs) == sum(float(r.weight_T.sum()) for r in rows)
 
@@ -179,6 +181,16 @@ def test_rows_under_one_prefix_meet_in_one_pack_wherever_they_stood() -> None:
     together = [p for p in packs if 1000 in p.tokens_T]
     assert len(together) == 1
     assert np.count_nonzero(together[0].tokens_T == 1000) == 1
+
+
+def test_a_long_prompt_does_not_count_against_the_bound() -> None:
+    system = list(range(1000, 1700))
+    rows = [row([*system, *range(50 * k, 50 * k + 40)]) for k in range(12)]
+    packs = list(build_packs(rows, max_tokens=300))
+    assert [len(p.tokens_T) for p in packs] == [700 + 7 * 40, 700 + 5 * 40]
+    assert [p.num_root_tokens for p in packs] == [700, 700]
+    apart = [row(list(range(50 * k, 50 * k + 40))) for k in range(12)]
+    assert [len(p.tokens_T) for p in build_packs(apart, max_tokens=300)] == [7 * 40, 5 * 40]
 
 
 def test_a_long_chain_of_rows_that_each_begin_the_next_needs_no_deep_recursion() -> None:

@@ -13,7 +13,7 @@ from tunesmith.models import readout
 from tunesmith.models.readout import head_logits, target_logprobs
 
 CAPS = [None, 2.0]
-CHUNK_ROWS = 16  # the least number of targets a chunk holds
+CHUNK_ROWS = 16
 
 
 def make_head(
@@ -40,6 +40,7 @@ def naive(
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of the least size, so that a few dozen targets make several."""
     monkeypatch.setattr(readout, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(readout, "MIN_CHUNK", CHUNK_ROWS)
 
 
 @settings(max_examples=40, deadline=None)
@@ -150,6 +151,7 @@ def test_no_tensor_of_all_targets_by_the_vocabulary_is_ever_made(
 ) -> None:
     num_targets, num_vocabulary, num_hidden, chunk_rows = 400, 300, 8, 20
     monkeypatch.setattr(readout, "CHUNK_BYTES", 4 * num_vocabulary * chunk_rows)
+    monkeypatch.setattr(readout, "MIN_CHUNK", 1)
     head = make_head(num_vocabulary=num_vocabulary, num_hidden=num_hidden, bias=True, dtype=torch.float32)
     head.requires_grad_(train_head)
     hidden_TD = torch.randn(num_targets, num_hidden, requires_grad=True)

@@ -52,6 +52,12 @@ class Pack:
     rows_S: np.ndarray
     num_row_tokens: int
 
+    @property
+    def num_root_tokens(self) -> int:
+        """Tokens before the first branch; 0 where the sequences do not all begin with one node."""
+        nodes = self.nodes
+        return nodes[0].stop if nodes and nodes[0].end == len(self.tokens_T) else 0
+
     @cached_property
     def nodes(self) -> list[Node]:
         """The tree's nodes in depth-first order, read off the three vectors."""
@@ -173,21 +179,27 @@ def build_pack(sequences: list[Sequence], *, min_shared: int = MIN_SHARED_TOKENS
 
 
 def build_packs(sequences: list[Sequence], *, max_tokens: int, min_shared: int = MIN_SHARED_TOKENS) -> Iterator[Pack]:
-    """Split sequences into packs of at most `max_tokens` computed tokens each (a longer sequence gets its own).
+    """Split sequences into packs of at most `max_tokens` computed tokens each, besides the pack's root.
 
-    Sequences with a common beginning stand beside each other in sorted order, so they meet in one pack.
+    The root is what all sequences of a pack begin with; a long prompt would otherwise fill every pack anew. Sequences
+    with a common beginning stand beside each other in sorted order, so they meet in one pack.
     """
     group: list[Sequence] = []
-    cost = 0
+    cost = root = 0
     for i in _sorted(sequences):
         sequence = sequences[i]
-        shared = shared_length(group[-1].tokens_T, sequence.tokens_T) if group else 0
-        own = len(sequence.tokens_T) - (shared if shared >= min_shared else 0)
-        if group and cost + own > max_tokens:
+        length = len(sequence.tokens_T)
+        shared = shared_length(group[-1].tokens_T, sequence.tokens_T) if group else length
+        if shared < min_shared:
+            shared = 0
+        if group and cost + length - shared - min(root, shared) > max_tokens:
             yield from _within(group, max_tokens, min_shared)
-            group, cost, own = [], 0, len(sequence.tokens_T)
+            group = []
+        if group:
+            cost, root = cost + length - shared, min(root, shared)
+        else:
+            cost = root = length
         group.append(sequence)
-        cost += own
     if group:
         yield from _within(group, max_tokens, min_shared)
 
@@ -195,7 +207,7 @@ def build_packs(sequences: list[Sequence], *, max_tokens: int, min_shared: int =
 def _within(group: list[Sequence], max_tokens: int, min_shared: int) -> Iterator[Pack]:
     """The group as one pack, or halved: what rows share by pairs can be a little more than what the tree stores once."""
     pack = build_pack(group, min_shared=min_shared)
-    if len(pack.tokens_T) <= max_tokens or len(group) == 1:
+    if len(pack.tokens_T) - pack.num_root_tokens <= max_tokens:
         yield pack
     else:
         middle = len(group) // 2

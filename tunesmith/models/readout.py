@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 8 << 20
+MIN_CHUNK = 128  # targets: fewer would spend their time reading a large head from memory again and again
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -58,8 +59,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _chunks(num_targets: int, num_vocabulary: int) -> list[slice]:
-    """Slices of targets whose logits fill at most CHUNK_BYTES in float32."""
-    size = max(16, CHUNK_BYTES // (4 * num_vocabulary))
+    """Slices of targets whose logits fill CHUNK_BYTES in float32, or of MIN_CHUNK."""
+    size = max(MIN_CHUNK, CHUNK_BYTES // (4 * num_vocabulary))
     return [slice(i, min(i + size, num_targets)) for i in range(0, num_targets, size)]
 
 

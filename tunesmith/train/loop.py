@@ -202,7 +202,7 @@ class Fit:
 
     def _packs(self, units: list[int]) -> list[Pack]:
         sequences = [sequence for unit in units for sequence in self.train.unit(unit)]
-        return list(build_packs(sequences, max_tokens=self.settings.micro_batch_tokens))
+        return list(build_packs(sequences, max_tokens=self.settings.tokens_at_a_time(self.model.device.type)))
 
     def _step(self, packs: list[Pack], units: list[int]) -> dict[str, float]:
         """One optimiser step. A signal before the update saves and raises: nothing has changed then."""
@@ -364,7 +364,7 @@ def evaluate_loss(
     was_training = model.causal.training
     model.causal.eval()
     with torch.no_grad():
-        for pack in batches(store, max_tokens=settings.micro_batch_tokens):
+        for pack in batches(store, max_tokens=settings.tokens_at_a_time(model.device.type)):
             if interrupted():
                 return None
             with autocast(model, settings):
