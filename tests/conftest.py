@@ -53,7 +53,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "eos_token_id": 2, "scale_attn_by_inverse_layer_idx": True, "attn_pdrop": 0.1, "resid_pdrop": 0.1,
         "embd_pdrop": 0.1,
     },
-    "gpt_neox": COMMON | {"hidden_dropout": 0.1, "attention_dropout": 0.1, "head_dim": None},
+    "gpt_neox": {name: value for name, value in COMMON.items() if name != "num_key_value_heads"}
+    | {"hidden_dropout": 0.1, "attention_dropout": 0.1, "head_dim": None},
     "phi3": COMMON | {"sliding_window": WINDOW_TOKENS, "resid_pdrop": 0.1},
     "smollm3": COMMON | {"num_hidden_layers": 3, "no_rope_layer_interval": 2},
 }  # fmt: skip

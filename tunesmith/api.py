@@ -108,7 +108,7 @@ def tune(
         fit.restore_best()
         with new_folder(folder / "model") as new:
             recipe.method.save(model, folder=new)
-            if recipe.method.kind != "full":
+            if not recipe.method.saves_model:
                 model.save_tokenizer(new)
         write_summary(folder, fit, stopped=stopped, state="finished")
         index.finish_run(folder.name, state="finished")
@@ -215,7 +215,7 @@ def load(run: Run | Path | str, *, workspace: Workspace | None = None, device: s
         )
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     method = run.recipe.method
-    if method.kind == "full":
+    if method.saves_model:
         model = load_model(str(folder), device=where)
     else:
         model = load_model(run.recipe.base, device=where)
@@ -260,7 +260,7 @@ def evaluate(
     settings = settings or run.recipe.evaluate
     tuned = load(run, workspace=workspace)
     recipe = run.recipe
-    base = load_model(recipe.base, device=str(tuned.model.device)) if recipe.method.kind == "full" else tuned.model
+    base = load_model(recipe.base, device=str(tuned.model.device)) if not recipe.method.keeps_base else tuned.model
     prepared = None
     if data is None or "few_shot" in settings.against:
         prepared = prepare_data(recipe, model=tuned.model, workspace=workspace, template=tuned.template)
@@ -273,7 +273,7 @@ def evaluate(
             seed=settings.seed,
             template=tuned.template,
             examples=examples,
-            room=tuned.model.context_tokens - settings.max_tokens,
+            room=tuned.model.room_tokens - settings.max_tokens,
         )
     switched = (lambda: tuned.method.disabled(tuned.model)) if base is tuned.model else contextlib.nullcontext
     systems = [System("tuned", tuned.model)]
@@ -354,8 +354,14 @@ def export(run: Run | Path | str, *, form: str, out: Path, workspace: Workspace 
         what = "the folder is not empty" if out.is_dir() else "this is a file"
         raise StorageError(what, file=out, hint="give a new folder with --out")
     run = find_run(run, workspace=workspace)
-    if form == "peft" and run.recipe.method.kind == "full":
-        raise RecipeError("a fully tuned model has no adapter to export", hint="use --format merged")
+    method = run.recipe.method
+    if form == "peft" and method.peft_type is None:
+        raise RecipeError(f"PEFT has no adapters of the kind '{method.kind}'", hint="use --format merged")
+    if form == "merged" and not method.merges:
+        raise RecipeError(
+            f"method '{method.kind}' cannot be merged into the weights",
+            hint="use --format peft, and serve it with PEFT",
+        )
     tuned = load(run, workspace=workspace, device="cpu")
     contract = json.loads((tuned.run.path / CONTRACT).read_text("utf-8"))
     writers[form](tuned.model, method=tuned.method, template=tuned.template, contract=contract, out=out)

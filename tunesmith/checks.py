@@ -26,16 +26,17 @@ def check_data(
 ) -> CheckReport:
     """What is in `file`, what is wrong with it, what would be trained. Torch is not needed."""
     settings: DataSettings | None = None
+    taken = 0  # tokens of the context that the method takes for itself
     if recipe is not None:
         from tunesmith.recipe import load_recipe
 
         loaded = load_recipe(recipe)
-        settings = loaded.data
+        settings, taken = loaded.data, loaded.method.num_virtual_tokens
         base = loaded.base if isinstance(loaded.base, str) else base
     folder = resolve_base(base)
     source = read_template(Path(settings.template)) if settings and settings.template else None
     template = ChatTemplate(Tokenizer.from_folder(folder), source=source)
-    limit = (settings.max_tokens if settings else None) or context_tokens(folder)
+    limit = (settings.max_tokens if settings else None) or context_tokens(folder) - taken
 
     def count(examples: list[Example]) -> list[tuple[int, int]]:
         """(tokens of the longest sequence, trained tokens) of each; long plain texts become windows."""

@@ -111,7 +111,7 @@ def prepare_data(
     on_rows: Callable[[int], None] = lambda rows: None,
 ) -> Prepared:
     """Read, split, render and count the recipe's rows (from the cache where nothing changed)."""
-    limit = model.context_tokens
+    limit = model.context_tokens - recipe.method.num_virtual_tokens
     if recipe.data.max_tokens is not None and recipe.data.max_tokens > limit:
         raise RecipeError(
             f"data.max_tokens is {recipe.data.max_tokens:,} and the base was made for {limit:,}",

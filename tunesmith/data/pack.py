@@ -13,7 +13,7 @@ Shapes: T packed tokens, N targets, S sequences.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -51,6 +51,16 @@ class Pack:
     sequence_N: np.ndarray
     rows_S: np.ndarray
     num_row_tokens: int
+
+    def below(self, num_tokens: int) -> "Pack":
+        """The same forest below a root of `num_tokens` tokens with the id 0."""
+        return replace(
+            self,
+            tokens_T=np.concatenate([np.zeros(num_tokens, np.int64), self.tokens_T]),
+            position_T=np.concatenate([np.arange(num_tokens), self.position_T + num_tokens]),
+            end_T=np.concatenate([np.full(num_tokens, num_tokens + len(self.tokens_T)), self.end_T + num_tokens]),
+            source_N=self.source_N + num_tokens,
+        )
 
     @property
     def num_root_tokens(self) -> int:

@@ -215,7 +215,7 @@ def evaluate_systems(
 
 def _fitting(examples: list[Example], *, systems: list[System], template: ChatTemplate) -> list[Example]:
     """The rows that fit into the context with every system's prompt."""
-    limit = systems[0].model.context_tokens
+    limit = systems[0].model.room_tokens
     shots = max((s.shots for s in systems), key=len)
     kept = []
     for example in examples:
@@ -284,7 +284,7 @@ def _likelihood(
     sequences: list[Sequence] = []
     for row, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
         if example.text is not None:
-            found = objective.sequences([example], template=template, max_tokens=model.context_tokens)[0]
+            found = objective.sequences([example], template=template, max_tokens=model.room_tokens)[0]
         else:
             found = template.sequences([_only_last(example, prompt)])[0]
         sequences += [Sequence(s.tokens_T, s.weight_T, row) for s in found]

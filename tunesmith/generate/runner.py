@@ -131,14 +131,14 @@ class Generator:
         self._check_prompts(prompts)
         batches = plan_batches(
             prompts,
-            new_tokens=min(sampling.max_tokens, self.model.context_tokens),
+            new_tokens=min(sampling.max_tokens, self.model.room_tokens),
             batch_tokens=self.batch_tokens,
             batch_rows=self.batch_rows,
         )
         occurrences: Counter[tuple[int, ...]] = Counter()
         rows = []
         for index, prompt in enumerate(prompts):
-            room = min(sampling.max_tokens, self.model.context_tokens - len(prompt))
+            room = min(sampling.max_tokens, self.model.room_tokens - len(prompt))
             occurrence = occurrences[tuple(prompt)]
             occurrences[tuple(prompt)] += 1
             random = random_stream(prompt, seed=sampling.seed, occurrence=occurrence)
@@ -148,7 +148,7 @@ class Generator:
                 yield from self._draw_batch(batch, [rows[index] for index in batch.rows], sampling=sampling)
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
-        limit = self.model.context_tokens
+        limit = self.model.room_tokens
         for index, prompt in enumerate(prompts):
             if not len(prompt):
                 raise ModelError(
@@ -164,10 +164,11 @@ class Generator:
     # no_grad and not inference_mode: what a module keeps from here (rotary tables) must still serve in training
     @torch.no_grad()
     def _draw_batch(self, batch: Batch, rows: list["_Row"], *, sampling: Sampling) -> Iterator[Drawn]:
+        virtual = self.model.num_virtual_tokens
         cache = KeyValues(
-            prefix_tokens=batch.prefix_tokens,
-            lengths=[len(row.prompt) for row in rows],
-            max_length=max(len(row.prompt) + row.room for row in rows),
+            prefix_tokens=virtual + batch.prefix_tokens,
+            lengths=[virtual + len(row.prompt) for row in rows],
+            max_length=max(virtual + len(row.prompt) + row.room for row in rows),
             device=self.model.device,
         )
         hidden_BE = self._prefill([row.prompt for row in rows], cache=cache)
@@ -202,7 +203,7 @@ class Generator:
 
     def _prefill(self, prompts: list[Sequence[int]], *, cache: "KeyValues") -> Tensor:
         """Computes the prompts and stores their keys and values -> hidden states at their last tokens [B, E]."""
-        pack = _prompt_pack(prompts, prefix_tokens=cache.prefix_tokens)
+        pack = _prompt_pack(prompts, prefix_tokens=cache.prefix_tokens - self.model.num_virtual_tokens)
         attention = self.model.attention(pack)
         hidden_TE = self.model.hidden(Prefill(attention, cache))
         assert len(cache.layers) == len(self.model.layers), "the model does not attend through the pack"
@@ -306,7 +307,7 @@ class Prefill:
 
     def __init__(self, attention: PackAttention, cache: KeyValues):
         self.attention, self.cache = attention, cache
-        self.input_ids, self.position_ids = attention.input_ids, attention.position_ids
+        self.input_ids, self.position_ids, self.virtual = attention.input_ids, attention.position_ids, attention.virtual
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> Tensor:
         """query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D]."""
@@ -316,6 +317,8 @@ class Prefill:
 
 class Step:
     """The attention of a call that computes one token a row, at `position_B`, against all that is stored."""
+
+    virtual = None  # they are stored
 
     def __init__(self, cache: KeyValues, *, tokens_B: Tensor, position_B: Tensor, num_keys: int):
         self.cache, self.position_B, self.num_keys = cache, position_B, num_keys

@@ -19,6 +19,8 @@ class Full(Method):
     kind: Literal["full"] = "full"
     summary: ClassVar[str] = "every parameter moves"
     learning_rate: ClassVar[float] = 5e-5
+    saves_model: ClassVar[bool] = True
+    keeps_base: ClassVar[bool] = False
 
     def apply(self, model: Model, *, seed: int) -> None:
         """Mark every parameter."""

@@ -2,32 +2,36 @@
 
     h = W0 x + s B A x,      A [r, in] random, B [out, r] zero at the start,      s = alpha / r
 
-With `rank_stabilised`, s = alpha / sqrt(r) (Kalajdzievski 2023, eq. 3), which keeps the update's size as r grows. Saved
-in PEFT's format, so other servers load it. Ours adapts all linear layers but the vocabulary head unless told otherwise
-("LoRA Without Regret", Schulman et al. 2025; QLoRA, Dettmers et al. 2023, section 4).
+With `rank_stabilised`, s = alpha / sqrt(r) (Kalajdzievski 2023, eq. 3), which keeps the update's size as r grows. With
+`dora`, the size of each output's weights is a parameter of its own (Liu et al. 2024, eq. 5; the norm takes no gradient,
+section 4.3), and dropout is on the update alone:
 
-Shapes: D_in, D_out of a layer; r the rank.
+    h = m / ||W0 + s B A|| (W0 x + s B A x)
+
+`init: pissa` begins at the principal singular values (Meng et al. 2024, eq. 2-4). Its frozen half stays beside the base
+here instead of being taken from its weights, so the base is never changed: h = W0 x + s (B A - B0 A0) x, which is saved as
+plain LoRA of twice the rank. `b_rate_factor` gives B a higher learning rate than A (LoRA+, Hayou et al. 2024, section 4).
+Saved in PEFT's format, so other servers load it. Ours adapts all linear layers but the vocabulary head unless told
+otherwise ("LoRA Without Regret", Schulman et al. 2025; QLoRA, Dettmers et al. 2023, section 4).
+
+Shapes: T tokens, I and O inputs and outputs of a layer, R the rank.
 """
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator
+import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import BeforeValidator, Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.methods.base import Method, freeze, save_tensors
+from tunesmith.methods.base import Adapter, Inserted, Targets, linear_layers, linear_shape
 from tunesmith.models.load import Model
 
-PREFIX = "base_model.model."  # how PEFT names the base inside an adapter
+FULL_SVD_SIDE = 1024  # above it the singular vectors are found by random projection (Halko et al. 2011)
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -59,20 +63,16 @@ class _AddLowRank(torch.autograd.Function):
         return gradients[0], grad_x, grad_a, grad_b, None
 
 
-class LoraLinear(nn.Module):
+class LoraLinear(Inserted):
     """A frozen linear layer with a low-rank update beside it."""
 
     def __init__(self, base: nn.Module, *, rank: int, scaling: float, dropout: float, generator: torch.Generator):
-        super().__init__()
-        transposed = isinstance(base, Conv1D)
-        weight = cast(Tensor, base.weight)
-        rows, columns = weight.shape
-        num_out, num_in = (columns, rows) if transposed else (rows, columns)
-        self.base, self.transposed, self.scaling, self.enabled = base, transposed, scaling, True
+        super().__init__(base)
+        num_in, num_out, self.transposed = linear_shape(base)
+        self.scaling = scaling
         bound = 1 / math.sqrt(num_in)  # kaiming_uniform(a=sqrt(5)), as the paper's code and PEFT have it
-        start = torch.empty(rank, num_in).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(start.to(weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(num_out, rank, device=weight.device))
+        self.lora_A = nn.Parameter(torch.empty(rank, num_in).uniform_(-bound, bound, generator=generator))
+        self.lora_B = nn.Parameter(torch.zeros(num_out, rank))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,147 +80,217 @@ class LoraLinear(nn.Module):
         out = self.base(x)
         if not self.enabled:
             return out
-        return _AddLowRank.apply(out, self.dropout(x), self.lora_A, self.lora_B, self.scaling)
+        a_RI, b_OR = self.factors()
+        return _AddLowRank.apply(out, self.dropout(x), a_RI, b_OR, self.scaling)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the update s B A."""
+        return self.lora_A, self.lora_B
+
+    def tensors(self) -> dict[str, Tensor]:
+        """PEFT's names."""
+        a_RI, b_OR = self.factors()
+        return {"lora_A.weight": a_RI, "lora_B.weight": b_OR}
 
     def delta(self) -> Tensor:
         """The update in the base weight's own layout, float32 or wider."""
-        delta = self.scaling * (self.lora_B @ self.lora_A)
+        a_RI, b_OR = self.factors()
+        delta = self.scaling * (b_OR @ a_RI)
         return delta.T if self.transposed else delta
 
+    def folded(self) -> Tensor:
+        """The weight that computes all of it, float32 or wider."""
+        weight = cast(Tensor, self.base.weight)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return weight.to(wide) + self.delta().to(wide)
 
-def _targets(value: Any) -> Any:
-    """One name stands for a list of one; no name for none is meant."""
-    if isinstance(value, str) and value != "all-linear":
-        return (value,)
-    if isinstance(value, list | tuple) and not value:
-        raise ValueError("targets names no layer; leave it out for all of them")
-    return value
+    def fold(self) -> None:
+        """W0 + s B A, summed in float32 and stored in the base's dtype."""
+        weight = cast(Tensor, self.base.weight)
+        weight.copy_(self.folded().to(weight.dtype))
 
 
-class Lora(Method):
+class PissaLinear(LoraLinear):
+    """Begins at the r largest singular values of the weight, and keeps where it began as a frozen half."""
+
+    def __init__(self, base: nn.Module, *, rank: int, scaling: float, dropout: float, generator: torch.Generator):
+        super().__init__(base, rank=rank, scaling=scaling, dropout=dropout, generator=generator)
+        weight = cast(Tensor, base.weight).detach()
+        weight_OI = weight.T if self.transposed else weight
+        u_OR, s_R, v_RI = _principal(weight_OI.to(torch.promote_types(weight.dtype, torch.float32)), rank=rank)
+        root_R = s_R.sqrt()
+        self.lora_A.data.copy_(root_R[:, None] * v_RI)
+        self.lora_B.data.copy_(u_OR * root_R / scaling)
+        self.register_buffer("start_A", self.lora_A.detach().clone(), persistent=False)
+        self.register_buffer("start_B", self.lora_B.detach().clone(), persistent=False)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """[A; A0] and [B, -B0]."""
+        start_a, start_b = cast(Tensor, self.start_A), cast(Tensor, self.start_B)
+        return torch.cat([self.lora_A, start_a]), torch.cat([self.lora_B, -start_b], dim=1)
+
+
+class DoraLinear(LoraLinear):
+    """The update moves the direction of each output's weights, a magnitude their size."""
+
+    def __init__(self, base: nn.Module, *, rank: int, scaling: float, dropout: float, generator: torch.Generator):
+        super().__init__(base, rank=rank, scaling=scaling, dropout=dropout, generator=generator)
+        self.lora_magnitude_vector = nn.Parameter(self._norm().detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """f (W0 x + s B A dropout(x)) + bias, f = m / ||W0 + s B A||."""
+        out = self.base(x)
+        if not self.enabled:
+            return out
+        factor_O = self._factor().to(out.dtype)
+        bias_O = cast(Tensor | None, self.base.bias)
+        a_RI, b_OR = self.factors()
+        moved = _AddLowRank.apply(out, self.dropout(x), a_RI, b_OR, self.scaling) * factor_O
+        return moved if bias_O is None else moved + bias_O * (1 - factor_O)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """PEFT's names."""
+        return super().tensors() | {"lora_magnitude_vector": self.lora_magnitude_vector}
+
+    def folded(self) -> Tensor:
+        """f (W0 + s B A)."""
+        factor_O = self._factor()
+        return super().folded() * (factor_O if self.transposed else factor_O[:, None])
+
+    def _factor(self) -> Tensor:
+        return self.lora_magnitude_vector / self._norm().to(self.lora_magnitude_vector.dtype)
+
+    @torch.no_grad()
+    def _norm(self) -> Tensor:
+        """||W0 + s B A|| of each output's weights, float32 or wider."""
+        weight = super().folded()
+        return torch.linalg.vector_norm(weight, dim=0 if self.transposed else 1)
+
+
+def _principal(weight_OI: Tensor, *, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular values and vectors: U [O, R], S [R], V^T [R, I]."""
+    if min(weight_OI.shape) <= FULL_SVD_SIDE:
+        u, s, vt = torch.linalg.svd(weight_OI, full_matrices=False)
+        return u[:, :rank], s[:rank], vt[:rank]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(weight_OI, q=rank + 16, niter=16)
+    return u[:, :rank], s[:rank], v[:, :rank].T
+
+
+class Lora(Adapter):
     """A low-rank update beside frozen weights."""
 
     kind: Literal["lora"] = "lora"
     summary: ClassVar[str] = "a low-rank update beside frozen weights"
     learning_rate: ClassVar[float] = 5e-4
+    peft_type: ClassVar[str | None] = "LORA"
     rank: int = Field(default=16, ge=1, description="r, the rank of the update")
+    ranks: dict[str, int] = Field(default={}, description="other ranks by layer name, such as {q_proj: 8}")
     alpha: float | None = Field(
         default=None, gt=0, le=1e6, description="the update is scaled by alpha / rank; 2 * rank by default"
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the update's input while training")
     rank_stabilised: bool = Field(default=False, description="scale by alpha / sqrt(rank)")
-    targets: Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_targets)] = Field(
-        default="all-linear", description="names of the layers to adapt, such as q_proj; all but the head by default"
+    dora: bool = Field(default=False, description="a magnitude of its own for each output (DoRA)")
+    init: Literal["kaiming", "gaussian", "pissa"] = Field(
+        default="kaiming", description="how A begins, B being zero; pissa: both at the principal singular values"
     )
+    b_rate_factor: float = Field(default=1.0, gt=0, description="B's learning rate over A's (LoRA+ has 16)")
+    targets: Targets = "all-linear"
 
-    @property
-    def scaling(self) -> float:
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "Lora":
+        if self.dora and self.init == "pissa":
+            raise ValueError("dora and init: pissa both change where the update begins; choose one")
+        if self.init == "pissa" and self.rank_stabilised:
+            raise ValueError("init: pissa begins at the same weights whatever the scaling; leave out rank_stabilised")
+        if any(rank < 1 for rank in self.ranks.values()):
+            raise ValueError("a rank in ranks is below 1")
+        return self
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the layer called `name`."""
+        found = [key for key in self.ranks if name == key or name.endswith("." + key)]
+        return self.ranks[max(found, key=len)] if found else self.rank
+
+    def alpha_of(self, rank: int) -> float:
+        """Alpha of a layer of this rank."""
+        return 2 * rank if self.alpha is None else self.alpha
+
+    def scaling(self, rank: int) -> float:
         """s in the formula."""
-        alpha = 2 * self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+        return self.alpha_of(rank) / (math.sqrt(rank) if self.rank_stabilised else rank)
 
-    def apply(self, model: Model, *, seed: int) -> None:
-        """Put an update beside every target layer; only updates are trained."""
-        freeze(model)
-        generator = torch.Generator().manual_seed(seed)
-        for name in self._target_names(model):
-            layer = model.causal.get_submodule(name)
-            smallest = min(cast(Tensor, layer.weight).shape)
-            if self.rank > smallest:
+    def places(self, model: Model) -> list[str]:
+        """The target layers. RecipeError where a rank is too high or names no layer."""
+        names = linear_layers(model, targets=self.targets)
+        for key in self.ranks:
+            if not any(name == key or name.endswith("." + key) for name in names):
+                raise RecipeError(f"method.ranks: no adapted layer is called {key!r}", hint="see method.targets")
+        for name in names:
+            smallest = min(linear_shape(model.causal.get_submodule(name))[:2])
+            widest = smallest // 2 if self.init == "pissa" else smallest
+            if self.rank_of(name) > widest:
                 raise RecipeError(
-                    f"method.rank is {self.rank} and {name} is only {smallest} wide: a higher rank has no effect",
-                    hint=f"use a rank of {smallest} or less",
+                    f"method.rank is {self.rank_of(name)} and {name} is only {smallest} wide: a higher rank "
+                    + ("has no effect" if widest == smallest else "than half of that is not saved by init: pissa"),
+                    hint=f"use a rank of {widest} or less",
                 )
-            lora = LoraLinear(layer, rank=self.rank, scaling=self.scaling, dropout=self.dropout, generator=generator)
-            _replace(model.causal, name, lora)
+        return names
 
-    def _target_names(self, model: Model) -> list[str]:
-        layers = {n: m for n, m in model.causal.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-        inner = {n: m for n, m in layers.items() if m is not model.head}
-        if self.targets == "all-linear":
-            return sorted(inner)
-        unknown = [t for t in self.targets if not any(n == t or n.endswith("." + t) for n in inner)]
-        if unknown:
-            known = ", ".join(sorted({n.rpartition(".")[2] for n in inner}))
-            raise RecipeError(
-                f"method.targets: no layer is called {unknown[0]!r}; this base has {known}", hint="name some of these"
-            )
-        return sorted(n for n in inner if any(n == t or n.endswith("." + t) for t in self.targets))
+    def insert(self, base: nn.Module, *, name: str, model: Model, generator: torch.Generator) -> Inserted:
+        """A low-rank update beside the layer."""
+        rank = self.rank_of(name)
+        kind = DoraLinear if self.dora else PissaLinear if self.init == "pissa" else LoraLinear
+        layer = kind(base, rank=rank, scaling=self.scaling(rank), dropout=self.dropout, generator=generator)
+        if self.init == "gaussian":
+            with torch.no_grad():
+                layer.lora_A.normal_(std=1 / rank, generator=generator)  # as the paper's text and PEFT have it
+        return layer
 
-    @contextlib.contextmanager
-    def disabled(self, model: Model) -> Iterator[None]:
-        """The base, as it was."""
-        layers = [m for m in model.causal.modules() if isinstance(m, LoraLinear)]
-        for layer in layers:
-            layer.enabled = False
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.enabled = True
+    def rate_factors(self, model: Model) -> dict[str, float]:
+        """B moves faster than A where `b_rate_factor` says so."""
+        names = [name for name, _ in model.causal.named_parameters() if name.endswith("lora_B")]
+        return dict.fromkeys(names, self.b_rate_factor) if self.b_rate_factor != 1 else {}
 
-    def merge(self, model: Model) -> None:
-        """W0 + s B A, summed in float32 and stored in the base's dtype."""
-        with torch.no_grad():
-            for name, layer in _lora_layers(model):
-                weight = cast(Tensor, layer.base.weight)
-                wide = torch.promote_types(weight.dtype, torch.float32)
-                weight.copy_((weight.to(wide) + layer.delta().to(wide)).to(weight.dtype))
-                _replace(model.causal, name, layer.base)
+    def saved_as(self) -> "Lora":
+        """The plain LoRA that a file of ours holds: PiSSA's frozen half doubles its rank at the same scaling."""
+        if self.init != "pissa":
+            return self
+        twice = {name: 2 * rank for name, rank in self.ranks.items()}
+        alpha = None if self.alpha is None else 2 * self.alpha
+        return self.model_copy(update={"rank": 2 * self.rank, "ranks": twice, "alpha": alpha, "init": "kaiming"})
 
-    def save(self, model: Model, *, folder: Path) -> None:
-        """PEFT's two files: adapter_config.json and adapter_model.safetensors."""
-        tensors: dict[str, Tensor] = {}
-        layers = _lora_layers(model)
-        for name, layer in layers:
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
-        save_tensors(tensors, path=folder / "adapter_model.safetensors")
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": model.name,
-            "r": self.rank,
-            "lora_alpha": 2 * self.rank if self.alpha is None else self.alpha,
+    def config(self, model: Model, *, layers: dict[str, Inserted]) -> dict[str, Any]:
+        """PEFT's LoraConfig."""
+        saved = self.saved_as()
+        other = {name: saved.rank_of(name) for name in layers if saved.rank_of(name) != saved.rank}
+        return {
+            "r": saved.rank,
+            "lora_alpha": saved.alpha_of(saved.rank),
+            "rank_pattern": other,
+            "alpha_pattern": {name: saved.alpha_of(rank) for name, rank in other.items()},
             "use_rslora": self.rank_stabilised,
+            "use_dora": self.dora,
             "lora_dropout": self.dropout,
             "bias": "none",
-            "fan_in_fan_out": any(layer.transposed for _, layer in layers),
-            "target_modules": sorted({name for name, _ in layers}),
-            "inference_mode": True,
+            "fan_in_fan_out": any(cast(LoraLinear, layer).transposed for layer in layers.values()),
+            "target_modules": sorted(layers),
         }
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
     def load(self, model: Model, *, folder: Path) -> None:
         """Read an adapter written here or by PEFT."""
-        try:
-            tensors = load_file(str(folder / "adapter_model.safetensors"))
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"the adapter cannot be read: {error}", file=folder, hint="restore its files") from error
-        self.apply(model, seed=0)
-        expected = {f"{PREFIX}{name}.lora_{half}.weight" for name, _ in _lora_layers(model) for half in "AB"}
-        if expected != set(tensors):
-            odd = sorted(expected ^ set(tensors))[0]
-            raise ModelError(
-                f"the adapter does not fit this base: {odd}", file=folder, hint="use the base it was made for"
-            )
-        with torch.no_grad():
-            for name, layer in _lora_layers(model):
-                for half, own in (("A", layer.lora_A), ("B", layer.lora_B)):
-                    saved = tensors[f"{PREFIX}{name}.lora_{half}.weight"]
-                    if saved.shape != own.shape:
-                        raise ModelError(
-                            f"the adapter does not fit: {name} has {tuple(saved.shape)} where {tuple(own.shape)} is needed",
-                            file=folder,
-                            hint="use the base and the rank it was made with",
-                        )
-                    own.copy_(saved)
-        freeze(model)
+        saved = self.saved_as()
+        if saved is not self:
+            return saved.load(model, folder=folder)
+        super().load(model, folder=folder)
 
 
 PLAIN_KEYS = {
     "peft_type", "task_type", "base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version",
     "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "fan_in_fan_out", "target_modules", "init_lora_weights",
+    "rank_pattern", "alpha_pattern", "use_dora",
     "layers_pattern", "megatron_core", "runtime_config", "qalora_group_size",
 }  # fmt: skip
 
@@ -234,7 +304,12 @@ def from_peft(folder: Path) -> Lora:
         raise ModelError(f"adapter_config.json cannot be read: {error}", file=path, hint="restore the file") from error
     if not isinstance(config, dict):
         raise ModelError("adapter_config.json holds no object", file=path, hint="restore the file")
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     odd = [key for key, value in config.items() if key not in PLAIN_KEYS and value]
+    plain = all(isinstance(r, int) and re.fullmatch(r"[\w.]+", str(name)) for name, r in ranks.items())
+    odd += [] if plain else ["rank_pattern"]
+    twice = config.get("lora_alpha") == 2 * config.get("r", 0) and alphas == {n: 2 * r for n, r in ranks.items()}
+    odd += ["alpha_pattern"] if alphas and not twice else []
     wanted: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA",), "bias": ("none", None)}
     wanted["init_lora_weights"] = (True, False, "gaussian", None)  # others change the base's own weights
     odd += [key for key, values in wanted.items() if config.get(key) not in values]
@@ -252,19 +327,12 @@ def from_peft(folder: Path) -> Lora:
     try:
         return Lora(
             rank=config["r"],
-            alpha=config["lora_alpha"],
+            ranks=ranks,
+            alpha=None if twice else config["lora_alpha"],
+            dora=config.get("use_dora", False),
             dropout=config.get("lora_dropout", 0.0),
             rank_stabilised=config.get("use_rslora", False),
             targets="all-linear" if targets == "all-linear" else tuple(sorted(targets)),
         )
     except (KeyError, ValidationError) as error:
         raise ModelError(f"adapter_config.json makes no sense: {error}", file=path, hint="restore the file") from error
-
-
-def _lora_layers(model: Model) -> list[tuple[str, LoraLinear]]:
-    return sorted((n, m) for n, m in model.causal.named_modules() if isinstance(m, LoraLinear))
-
-
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, module)

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from tunesmith.data.pack import Pack
+from tunesmith.models.virtual import Virtual
 
 NAME = "tunesmith"
 HIDDEN_SCORE = -1e30  # finite, so that a query that sees nothing of a piece gives it weight zero and not NaN
@@ -31,7 +32,12 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 class Attends(Protocol):
-    """What a model call carries as `pack`: it computes attention for every layer."""
+    """What a model call carries as `pack`: it computes attention for every layer.
+
+    `virtual` are the virtual tokens in the first places of this call, None where there are none.
+    """
+
+    virtual: Virtual | None
 
     def attend(
         self,
@@ -55,6 +61,8 @@ def _attention(
     assert pack is not None, "a model with the attention 'tunesmith' must be called with pack="
     assert not keywords.get("dropout"), "attention dropout is off in every model that models/load.py returns"
     assert keywords.get("s_aux") is None, "attention sinks are refused in models/load.py"
+    if pack.virtual is not None:
+        key, value = pack.virtual.attend(module.layer_idx, key, value)  # type: ignore[arg-type]
     scaling = keywords.get("scaling")
     out = pack.attend(
         module,
@@ -89,8 +97,10 @@ class Piece:
 class PackAttention:
     """The rule for one pack. Build once a pack and pass as `pack=` to the model."""
 
-    def __init__(self, pack: Pack, *, device: torch.device):
-        self.device = device
+    def __init__(self, pack: Pack, *, device: torch.device, virtual: Virtual | None = None):
+        if virtual is not None:
+            pack = pack.below(virtual.num_tokens)
+        self.device, self.virtual = device, virtual
         self.input_ids = torch.from_numpy(pack.tokens_T)[None].to(device)
         self.position_ids = torch.from_numpy(pack.position_T)[None].to(device)
         self.position_T = self.position_ids[0]

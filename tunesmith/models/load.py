@@ -23,6 +23,7 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import ModelError
 from tunesmith.models.base import NewBase, context_of, digest_folder, read_config, resolve_base
 from tunesmith.models.readout import target_logprobs
+from tunesmith.models.virtual import NAME, Virtual, VirtualTokens
 
 DROPOUTS = (
     "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "resid_dropout",
@@ -61,10 +62,18 @@ class Model:
         """The vocabulary projection."""
         return self.causal.get_output_embeddings()
 
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of a hidden state."""
+        return int(self.causal.config.hidden_size)
+
+    def input_tables(self) -> set[Tensor]:
+        """Weights of all embeddings; a tied head's is one of them."""
+        return {m.weight for m in self.causal.modules() if isinstance(m, torch.nn.Embedding)}
+
     def vocabulary_weights(self) -> set[Tensor]:
         """Weights whose rows belong to tokens or positions: all embeddings and the head."""
-        tables = [m.weight for m in self.causal.modules() if isinstance(m, torch.nn.Embedding)]
-        return {*tables, self.head.weight}
+        return {*self.input_tables(), self.head.weight}
 
     @cached_property
     def softcap(self) -> float | None:
@@ -77,21 +86,42 @@ class Model:
         lists = [list(m) for m in self.causal.base_model.children() if isinstance(m, torch.nn.ModuleList)]
         return max(lists, key=len, default=[])
 
+    @property
+    def virtual_tokens(self) -> VirtualTokens | None:
+        """What stands before every sequence, None where nothing does."""
+        module: VirtualTokens | None = dict(self.causal.named_children()).get(NAME)
+        return module if module is not None and module.enabled else None
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """How many tokens of the context virtual tokens take."""
+        return 0 if self.virtual_tokens is None else self.virtual_tokens.num_tokens
+
+    @property
+    def room_tokens(self) -> int:
+        """How many tokens of the context are left for a sequence."""
+        return self.context_tokens - self.num_virtual_tokens
+
     def hidden(self, attention: Any) -> Tensor:
         """Hidden states [T, D] before the vocabulary head.
 
-        `attention` carries `input_ids` and `position_ids` [1, T] and computes attention (models/attention.py).
+        `attention` carries `input_ids` and `position_ids` [1, P + T] and computes attention (models/attention.py);
+        P are its virtual tokens.
         """
-        out = self.causal.base_model(
-            input_ids=attention.input_ids, position_ids=attention.position_ids, pack=attention, use_cache=False
-        )
-        return out.last_hidden_state[0]
+        virtual: Virtual | None = attention.virtual
+        if virtual is None:
+            inputs = {"input_ids": attention.input_ids}
+        else:
+            inputs = {"inputs_embeds": virtual.embed(self.causal.get_input_embeddings()(attention.input_ids))}
+        out = self.causal.base_model(**inputs, position_ids=attention.position_ids, pack=attention, use_cache=False)
+        return out.last_hidden_state[0, 0 if virtual is None else virtual.num_tokens :]
 
     def attention(self, pack: Pack) -> Any:
-        """The rule for one pack on this model's device."""
+        """The rule for one pack on this model's device, with the model's virtual tokens as its root."""
         from tunesmith.models.attention import PackAttention
 
-        return PackAttention(pack, device=self.device)
+        made = self.virtual_tokens
+        return PackAttention(pack, device=self.device, virtual=None if made is None else made())
 
     def target_logprobs(self, pack: Pack) -> Tensor:
         """Log-probability [N] of each of the pack's targets, in float32 at least; gradients flow."""

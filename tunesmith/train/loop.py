@@ -127,12 +127,17 @@ class Fit:
         folder: Path,
         observer: Observer,
     ):
-        self.model, self.objective, self.settings = model, objective, settings
+        self.model, self.method, self.objective, self.settings = model, method, objective, settings
         self.train, self.validation = train, validation
         self.folder, self.observer = folder / "checkpoints", observer
         self.peak = settings.learning_rate or method.learning_rate
         self.parameters = trainable(model)
-        self.optimiser = Optimiser(self.parameters, settings=settings, not_matrices=model.vocabulary_weights())
+        self.optimiser = Optimiser(
+            self.parameters,
+            settings=settings,
+            not_matrices=model.vocabulary_weights(),
+            rate_factors=method.rate_factors(model),
+        )
         self.num_steps = num_steps(len(train), settings=settings)
         tenth = max(1, self.num_steps // 10)
         self.validate_every = settings.validate_every or tenth
@@ -208,6 +213,7 @@ class Fit:
         """One optimiser step. A signal before the update saves and raises: nothing has changed then."""
         total = sum(self.objective.count(pack) for pack in packs)
         rate = learning_rate(self.progress.step, peak=self.peak, num_steps=self.num_steps, settings=self.settings)
+        self.method.at_step(self.model, share=self.progress.step / self.num_steps)
         self.optimiser.zero_grad()
         loss_sum = 0.0
         for index, pack in enumerate(packs):

@@ -1,6 +1,7 @@
 """Optimisers, and the learning rate as a function of the step."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,31 +30,34 @@ class Optimiser:
     (Liu et al. 2025, eq. 4) so that one learning rate serves both. Embeddings and the head are not matrices in its sense.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], *, settings: TrainSettings, not_matrices: set[Tensor]):
+    def __init__(
+        self,
+        parameters: dict[str, Tensor],
+        *,
+        settings: TrainSettings,
+        not_matrices: set[Tensor],
+        rate_factors: dict[str, float] | None = None,
+    ):
         self.parameters = parameters
+        factor_of = {id(p): (rate_factors or {}).get(name, 1.0) for name, p in parameters.items()}
         matrices = [p for p in parameters.values() if p.ndim == 2 and p not in not_matrices]
         muon = matrices if settings.optimiser == "muon" else []
         chosen = {id(p) for p in muon}
         rest = [p for p in parameters.values() if id(p) not in chosen]
         self.optimisers: list[torch.optim.Optimizer] = []
         if rest:
-            groups = [
-                {"params": [p for p in rest if p.ndim >= 2], "weight_decay": settings.weight_decay},
-                {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-            ]
-            self.optimisers.append(
-                torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.99), fused=True)
-            )
+            decay = _groups([p for p in rest if p.ndim >= 2], factor_of, weight_decay=settings.weight_decay)
+            groups = decay + _groups([p for p in rest if p.ndim < 2], factor_of, weight_decay=0.0)
+            self.optimisers.append(torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), fused=True))
         if muon:
-            self.optimisers.append(
-                torch.optim.Muon(muon, lr=0.0, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
+            groups = _groups(muon, factor_of, weight_decay=settings.weight_decay)
+            self.optimisers.append(torch.optim.Muon(groups, lr=0.0, adjust_lr_fn="match_rms_adamw"))
 
     def step(self, *, learning_rate: float) -> None:
         """One update with this learning rate."""
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group["rate_factor"]
             optimiser.step()
 
     def zero_grad(self) -> None:
@@ -77,3 +81,11 @@ class Optimiser:
             name, _, key = full_name.rpartition("/")
             parameter = self.parameters[name]
             owner[id(parameter)].state[parameter][key] = value.to(parameter.device).clone()
+
+
+def _groups(parameters: list[Tensor], factor_of: dict[int, float], *, weight_decay: float) -> list[dict[str, Any]]:
+    """One group for each factor on the learning rate."""
+    by_factor: dict[float, list[Tensor]] = {}
+    for parameter in parameters:
+        by_factor.setdefault(factor_of[id(parameter)], []).append(parameter)
+    return [{"params": p, "weight_decay": weight_decay, "rate_factor": f} for f, p in by_factor.items()]
