@@ -130,7 +130,7 @@ BROKEN = {
     "a setting of another method": (
         "data: {train: a}\nmethod:\n  kind: full\n  rank: 8",
         4,
-        ["'method.rank' belongs to method lora, vera and has no effect on full"],
+        ["'method.rank' belongs to method lora, qlora, vera and has no effect on full"],
         ["{kind: lora}"],
     ),
     "an unknown setting of a method": ("data: {train: a}\nmethod: {kind: lora, rnk: 8}", 2, ["'method.rnk'"], ["rank"]),

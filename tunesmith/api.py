@@ -34,6 +34,7 @@ from tunesmith.generate.sampling import Sampling
 from tunesmith.methods import Method
 from tunesmith.methods.base import set_trainable_dtype
 from tunesmith.models.load import Model, load_model
+from tunesmith.models.quantised import check_installed
 from tunesmith.recipe import Recipe, load_recipe
 from tunesmith.registry.index import Index
 from tunesmith.registry.workspace import Workspace, find_workspace
@@ -75,6 +76,7 @@ def tune(
     workspace = workspace or find_workspace()
     observer = observer or Silent()
     with _Signals() as signals:
+        check_installed(recipe.method.stored_in)
         model = load_model(recipe.base, device=device_of(recipe.train))
         before = find_unfinished(workspace, recipe) if resume else None
         template = template_of(model, recipe, run=before)
@@ -260,7 +262,8 @@ def evaluate(
     settings = settings or run.recipe.evaluate
     tuned = load(run, workspace=workspace)
     recipe = run.recipe
-    base = load_model(recipe.base, device=str(tuned.model.device)) if not recipe.method.keeps_base else tuned.model
+    in_place = recipe.method.keeps_base and recipe.method.stored_in is None  # what counts is the base as it came
+    base = tuned.model if in_place else load_model(recipe.base, device=str(tuned.model.device))
     prepared = None
     if data is None or "few_shot" in settings.against:
         prepared = prepare_data(recipe, model=tuned.model, workspace=workspace, template=tuned.template)
@@ -340,12 +343,20 @@ def _other_rows(recipe: Recipe, data: Path | str) -> list[Example]:
     return examples
 
 
-def export(run: Run | Path | str, *, form: str, out: Path, workspace: Workspace | None = None) -> Path:
+def export(
+    run: Run | Path | str,
+    *,
+    form: str,
+    out: Path,
+    workspace: Workspace | None = None,
+    on_message: Callable[[str], None] = lambda text: None,
+) -> Path:
     """Write a run's model for use elsewhere: `peft` (the adapter) or `merged` (a plain transformers model).
 
-    Before it is done the written model is loaded again and its logits are compared with the run's.
+    Before it is done the written model is loaded again and its logits are compared with the run's. `on_message` hears
+    what storing a merged model in few bits again would cost.
     """
-    from tunesmith.export import export_merged, export_peft
+    from tunesmith.export import export_merged, export_peft, requantised_gap
 
     writers = {"peft": export_peft, "merged": export_merged}
     if form not in writers:
@@ -365,4 +376,7 @@ def export(run: Run | Path | str, *, form: str, out: Path, workspace: Workspace 
     tuned = load(run, workspace=workspace, device="cpu")
     contract = json.loads((tuned.run.path / CONTRACT).read_text("utf-8"))
     writers[form](tuned.model, method=tuned.method, template=tuned.template, contract=contract, out=out)
+    if form == "merged" and (bits := method.stored_in) is not None:
+        gap = requantised_gap(tuned.model, kind=bits, contract=contract)
+        on_message(f"stored in {bits} again, the merged model's logits would differ by up to {gap:.1%} of their size")
     return out

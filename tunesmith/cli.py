@@ -268,7 +268,7 @@ def export(
     """Write the tuned model for use elsewhere, and check that it is the same model."""
     from tunesmith.api import export as run_export
 
-    path = run_export(run, form=form, out=out, workspace=_workspace(workspace))
+    path = run_export(run, form=form, out=out, workspace=_workspace(workspace), on_message=_say)
     _show({"path": str(path), "format": form}, as_json=as_json, text=lambda: f"{path} ({form}; logits equal the run's)")
 
 

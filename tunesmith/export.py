@@ -12,6 +12,7 @@ from tunesmith.data.template import ChatTemplate
 from tunesmith.errors import StorageError
 from tunesmith.methods import Method
 from tunesmith.models.load import Model, load_model
+from tunesmith.models.quantised import Quantisation, quantise
 from tunesmith.storage import new_folder
 
 TOLERANCE = 1e-4  # of float32 logits, relative to their largest
@@ -38,9 +39,20 @@ def _logits(model: Model, contract: dict[str, Any]) -> list[torch.Tensor]:
     return found
 
 
+def _gaps(expected: list[torch.Tensor], found: list[torch.Tensor]) -> list[float]:
+    """The largest difference of each probe's logits, relative to the largest of them."""
+    return [float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, found, strict=True)]
+
+
+def requantised_gap(merged: Model, *, kind: Quantisation, contract: dict[str, Any]) -> float:
+    """By how much the probes' logits move when a merged model is stored in few bits again; it is, afterwards."""
+    before = _logits(merged, contract)
+    quantise(merged, kind)
+    return max(_gaps(before, _logits(merged, contract)))
+
+
 def _compare(expected: list[torch.Tensor], found: list[torch.Tensor], *, out: Path) -> None:
-    for number, (a, b) in enumerate(zip(expected, found, strict=True), start=1):
-        worst = float((a - b).abs().max() / a.abs().max())
+    for number, worst in enumerate(_gaps(expected, found), start=1):
         if not worst <= TOLERANCE:
             raise StorageError(
                 f"the exported model is not the tuned one: probe {number}'s logits differ by {worst:.1e} of their size",

@@ -22,7 +22,7 @@ KNOBS = {
     "p_tuning": {"num_tokens": 3, "width": 8},
     "vera": {"rank": 8},
 }
-KNOBS |= {"prefix": {"num_tokens": 3}, "adapters": {"reduction": 4}, "layers": {"last": 1}}
+KNOBS |= {"qlora": {"rank": 4}, "prefix": {"num_tokens": 3}, "adapters": {"reduction": 4}, "layers": {"last": 1}}
 COLOURS = ("red", "green", "blue", "grey")
 
 
@@ -72,8 +72,11 @@ def test_every_method_runs_with_every_objective(project: Path, method: str, obje
     assert values["tuned"]["value"] < values["base"]["value"]
     for form, possible in (("peft", METHODS[method].peft_type is not None), ("merged", METHODS[method].merges)):
         out = project / f"{run.name}-{form}"
+        said: list[str] = []
         if possible:
-            assert (api.export(run, form=form, out=out, workspace=workspace) / "tokenizer.json").is_file()
+            path = api.export(run, form=form, out=out, workspace=workspace, on_message=said.append)
+            assert (path / "tokenizer.json").is_file()
+            assert len(said) == (form == "merged" and method == "qlora")
         else:
             with pytest.raises(RecipeError) as error:
                 api.export(run, form=form, out=out, workspace=workspace)

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.models.load import Model
+from tunesmith.models.quantised import Quantisation, QuantisedLinear, quantise, restore
 
 PREFIX = "base_model.model."  # how PEFT names the base inside an adapter
 
@@ -40,6 +41,11 @@ class Method(BaseModel, ABC):
     def kind_name(self) -> str:
         """What recipes call it."""
         return str(self.model_dump(include={"kind"})["kind"])
+
+    @property
+    def stored_in(self) -> Quantisation | None:
+        """In how many bits the frozen base is stored; None as it came."""
+        return None
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -133,7 +139,26 @@ class Inserted(nn.Module):
         raise NotImplementedError
 
 
-class Adapter(Method):
+class Frozen(Method):
+    """A method that trains nothing of the base's own, so that the base may be stored in few bits."""
+
+    quantise: Quantisation | None = Field(
+        default=None, description="store the base's matrices in 4 bits (nf4, by bitsandbytes) or 8 (int8)"
+    )
+
+    @property
+    def stored_in(self) -> Quantisation | None:
+        """What the recipe says."""
+        return self.quantise
+
+    def freeze(self, model: Model) -> None:
+        """Nothing moves, and the base is stored as it shall be."""
+        freeze(model)
+        if self.quantise is not None:
+            quantise(model, self.quantise)
+
+
+class Adapter(Frozen):
     """A method that puts a module in the place of some of the base's, and trains those alone."""
 
     @abstractmethod
@@ -150,9 +175,10 @@ class Adapter(Method):
 
     def apply(self, model: Model, *, seed: int) -> None:
         """Only what is inserted is trained."""
-        freeze(model)
+        names = self.places(model)
+        self.freeze(model)
         generator = torch.Generator().manual_seed(seed)
-        for name in self.places(model):
+        for name in names:
             base = model.causal.get_submodule(name)
             replace(model.causal, name, self.insert(base, name=name, model=model, generator=generator).to(model.device))
 
@@ -169,13 +195,16 @@ class Adapter(Method):
                 layer.enabled = True
 
     def merge(self, model: Model) -> None:
-        """Each module folds itself into what it replaced."""
+        """Each module folds itself into what it replaced; of a quantised base, into the weights it was trained against."""
         if not self.merges:
             return super().merge(model)
         with torch.no_grad():
             for name, layer in inserted(model).items():
+                if isinstance(layer.base, QuantisedLinear):
+                    layer.base = layer.base.plain()
                 layer.fold()
                 replace(model.causal, name, layer.base)
+            restore(model)
 
     def save(self, model: Model, *, folder: Path) -> None:
         """adapter_config.json and adapter_model.safetensors."""
@@ -268,7 +297,7 @@ Targets = Annotated[
 
 def linear_layers(model: Model, *, targets: "Literal['all-linear'] | tuple[str, ...]") -> list[str]:
     """Names of the linear layers that `targets` means; the vocabulary head is none of them. RecipeError if unknown."""
-    layers = {n: m for n, m in model.causal.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    layers = {n: m for n, m in model.causal.named_modules() if isinstance(m, nn.Linear | Conv1D | QuantisedLinear)}
     inner = sorted(n for n, m in layers.items() if m is not model.head)
     if targets == "all-linear":
         return inner
@@ -283,8 +312,18 @@ def linear_layers(model: Model, *, targets: "Literal['all-linear'] | tuple[str, 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int, bool]:
     """(D_in, D_out, whether the weight is stored as [D_in, D_out]) of a linear layer."""
+    if isinstance(layer, QuantisedLinear):
+        return layer.in_features, layer.out_features, layer.transposed
     rows, columns = cast(Tensor, layer.weight).shape
     return (rows, columns, True) if isinstance(layer, Conv1D) else (columns, rows, False)
+
+
+def linear_weight(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer as it is stored, restored where it is quantised."""
+    if isinstance(layer, QuantisedLinear):
+        weight_OI = layer.restored(layer.dtype)
+        return weight_OI.T if layer.transposed else weight_OI
+    return cast(Tensor, layer.weight)
 
 
 # -------------------------------------------------------------------------------------- some of the base's own weights

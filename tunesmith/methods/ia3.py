@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import RecipeError
 from tunesmith.methods.base import Adapter, Inserted, linear_layers, linear_shape
@@ -43,7 +42,7 @@ class Scaled(Inserted):
     def fold(self) -> None:
         """The scale into the weight."""
         weight, bias = cast(Tensor, self.base.weight), cast(Tensor | None, self.base.bias)
-        scale = self.ia3_l.T if isinstance(self.base, Conv1D) else self.ia3_l
+        scale = self.ia3_l.T if linear_shape(self.base)[2] else self.ia3_l
         weight.copy_((weight.to(torch.promote_types(weight.dtype, torch.float32)) * scale).to(weight.dtype))
         if bias is not None and not self.scales_input:
             bias.copy_((bias.float() if bias.dtype.itemsize < 4 else bias) * self.ia3_l.flatten())
@@ -83,7 +82,7 @@ class Ia3(Adapter):
     def config(self, model: Model, *, layers: dict[str, Inserted]) -> dict[str, Any]:
         """PEFT's IA3Config."""
         inputs = [name for name, layer in layers.items() if cast(Scaled, layer).scales_input]
-        transposed = any(isinstance(layer.base, Conv1D) for layer in layers.values())
+        transposed = any(linear_shape(layer.base)[2] for layer in layers.values())
         return {"target_modules": sorted(layers), "feedforward_modules": inputs, "fan_in_fan_out": transposed}
 
 

@@ -37,9 +37,9 @@ class Layers(Subset):
         if sum(value is not None for value in (self.last, self.first, self.blocks)) > 1:
             raise ValueError("last, first and blocks each say which blocks; give one of them")
         if 1 in (self.last, self.first, len(self.blocks or ())):
-            for name in ("depth_factor", "unfreeze_by"):
-                if name in self.model_fields_set:
-                    raise ValueError(f"{name} has no effect on a single block")
+            idle = {"depth_factor": self.depth_factor != 1, "unfreeze_by": self.unfreeze_by is not None}
+            if names := [name for name, given in idle.items() if given]:
+                raise ValueError(f"{names[0]} has no effect on a single block")
         return self
 
     def chosen(self, model: Model) -> list[str]:

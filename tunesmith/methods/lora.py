@@ -28,8 +28,9 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.methods.base import Adapter, Inserted, Targets, linear_layers, linear_shape
+from tunesmith.methods.base import Adapter, Inserted, Targets, linear_layers, linear_shape, linear_weight
 from tunesmith.models.load import Model
+from tunesmith.models.quantised import Quantisation
 
 FULL_SVD_SIDE = 1024  # above it the singular vectors are found by random projection (Halko et al. 2011)
 
@@ -100,7 +101,7 @@ class LoraLinear(Inserted):
 
     def folded(self) -> Tensor:
         """The weight that computes all of it, float32 or wider."""
-        weight = cast(Tensor, self.base.weight)
+        weight = linear_weight(self.base)
         wide = torch.promote_types(weight.dtype, torch.float32)
         return weight.to(wide) + self.delta().to(wide)
 
@@ -115,7 +116,7 @@ class PissaLinear(LoraLinear):
 
     def __init__(self, base: nn.Module, *, rank: int, scaling: float, dropout: float, generator: torch.Generator):
         super().__init__(base, rank=rank, scaling=scaling, dropout=dropout, generator=generator)
-        weight = cast(Tensor, base.weight).detach()
+        weight = linear_weight(base).detach()
         weight_OI = weight.T if self.transposed else weight
         u_OR, s_R, v_RI = _principal(weight_OI.to(torch.promote_types(weight.dtype, torch.float32)), rank=rank)
         root_R = s_R.sqrt()
@@ -336,3 +337,13 @@ def from_peft(folder: Path) -> Lora:
         )
     except (KeyError, ValidationError) as error:
         raise ModelError(f"adapter_config.json makes no sense: {error}", file=path, hint="restore the file") from error
+
+
+class Qlora(Lora):
+    """A low-rank update beside a base in 4 bits (Dettmers et al. 2023, eq. 5-6)."""
+
+    kind: Literal["qlora"] = "qlora"  # type: ignore[assignment]
+    summary: ClassVar[str] = "a low-rank update beside a base in 4 bits"
+    quantise: Quantisation = Field(  # type: ignore[assignment]
+        default="nf4", description="store the base's matrices in 4 bits (nf4, by bitsandbytes) or 8 (int8)"
+    )

@@ -23,6 +23,8 @@ from tunesmith.methods.virtual import VirtualTokenMethod
 from tunesmith.models.load import Model
 from tunesmith.models.virtual import Virtual, VirtualTokens, Watched
 
+WIDTH = 512
+
 
 class KeyValueTable(VirtualTokens):
     """Keys and values themselves."""
@@ -75,11 +77,11 @@ class Prefix(VirtualTokenMethod):
     learning_rate: ClassVar[float] = 5e-3
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
     reparameterise: bool = Field(default=False, description="compute them by an MLP while training")
-    width: int = Field(default=512, ge=1, description="of the MLP")
+    width: int = Field(default=WIDTH, ge=1, description="of the MLP")
 
     @model_validator(mode="after")
     def _width_of_something(self) -> "Prefix":
-        if "width" in self.model_fields_set and not self.reparameterise:
+        if self.width != WIDTH and not self.reparameterise:
             raise ValueError("width has no effect without reparameterise: true")
         return self
 

@@ -19,14 +19,14 @@ from pydantic import Field
 from torch import Tensor
 
 from tunesmith.errors import RecipeError
-from tunesmith.methods.base import Method, copy_tensors, freeze, load_adapter, save_adapter
+from tunesmith.methods.base import Frozen, copy_tensors, freeze, load_adapter, save_adapter
 from tunesmith.models.load import Model
 from tunesmith.models.virtual import NAME, VirtualTokens
 
 SAVED = "prompt_embeddings"  # PEFT's name for the one tensor
 
 
-class VirtualTokenMethod(Method):
+class VirtualTokenMethod(Frozen):
     """A method whose parameters make virtual tokens."""
 
     merges: ClassVar[bool] = False
@@ -59,7 +59,7 @@ class VirtualTokenMethod(Method):
                 f"method.num_tokens is {self.num_tokens} and the base's context has {model.context_tokens} tokens",
                 hint="use fewer virtual tokens",
             )
-        freeze(model)
+        self.freeze(model)
         generator = torch.Generator().manual_seed(seed)
         start_P = self._start(model, generator=generator).to(model.device)
         with torch.random.fork_rng(devices=[]):
