@@ -40,6 +40,7 @@ class Pack:
     tokens_T, position_T, end_T int64. For each target: `source_N` is the token whose hidden state predicts it,
     `target_N` the token id predicted, `weight_N` float32, `sequence_N` the index of the sequence it belongs to.
     `rows_S` numbers the rows the sequences came from; `num_row_tokens` is the sum of the sequences' own lengths.
+    `places_T` are the sequences' places, where they have them.
     """
 
     tokens_T: np.ndarray
@@ -51,6 +52,7 @@ class Pack:
     sequence_N: np.ndarray
     rows_S: np.ndarray
     num_row_tokens: int
+    places_T: np.ndarray | None = None
 
     def below(self, num_tokens: int) -> "Pack":
         """The same forest below a root of `num_tokens` tokens with the id 0."""
@@ -60,6 +62,7 @@ class Pack:
             position_T=np.concatenate([np.arange(num_tokens), self.position_T + num_tokens]),
             end_T=np.concatenate([np.full(num_tokens, num_tokens + len(self.tokens_T)), self.end_T + num_tokens]),
             source_N=self.source_N + num_tokens,
+            places_T=None,
         )
 
     @property
@@ -114,6 +117,7 @@ class _Builder:
     def __init__(self, sequences: list[Sequence], min_shared: int):
         self.sequences, self.min_shared = sequences, min_shared
         self.tokens: list[np.ndarray] = []
+        self.places: list[np.ndarray] = []
         self.position: list[np.ndarray] = []
         self.end: list[np.ndarray] = []
         self.num_tokens = 0
@@ -139,6 +143,8 @@ class _Builder:
         common = min([len(self.sequences[first].tokens_T), *self.shared[first + 1 : last]])
         here = _Path(path, self.num_tokens, self.num_tokens + common - depth)
         self.tokens.append(self.sequences[first].tokens_T[depth:common])
+        if (places_T := self.sequences[first].places_T) is not None:
+            self.places.append(places_T[depth:common])
         self.position.append(np.arange(depth, common))
         end = np.empty(common - depth, dtype=np.int64)
         self.end.append(end)
@@ -185,7 +191,25 @@ def build_pack(sequences: list[Sequence], *, min_shared: int = MIN_SHARED_TOKENS
         sequence_N=joined(owners, np.int64),
         rows_S=np.array([s.row for s in ordered], dtype=np.int64),
         num_row_tokens=sum(len(s.tokens_T) for s in sequences),
+        places_T=joined(builder.places, np.int64) if builder.places else None,
     )
+
+
+class Forest:
+    """One prefix forest of many sequences, as numbers only: tokens with the same beginning have the same place."""
+
+    def __init__(self, sequences: list[Sequence], *, min_shared: int = MIN_SHARED_TOKENS):
+        order = _sorted(sequences)
+        builder = _Builder([sequences[i] for i in order], min_shared)
+        builder.build()
+        self.num_tokens = builder.num_tokens
+        self._paths = [path for _, path in sorted(zip(order, builder.paths, strict=True), key=lambda pair: pair[0])]
+
+    def places(self, index: int) -> np.ndarray:
+        """Places [T] of the tokens of one sequence."""
+        path = self._paths[index]
+        assert path is not None
+        return path.indices()
 
 
 def build_packs(sequences: list[Sequence], *, max_tokens: int, min_shared: int = MIN_SHARED_TOKENS) -> Iterator[Pack]:

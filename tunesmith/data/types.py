@@ -82,12 +82,14 @@ class Sequence:
     """Token ids and, for each token, the weight with which it is predicted from what stands before it.
 
     tokens_T int32, weight_T float32; weight_T[0] is 0 (nothing stands before the first token).
-    `row` numbers the row it came from, in the order of the prepared split.
+    `row` numbers the row it came from, in the order of the prepared split. `places_T` int64, where it is given, numbers
+    each token among all that have a beginning of their own (data/pack.py, Forest).
     """
 
     tokens_T: np.ndarray
     weight_T: np.ndarray
     row: int = 0
+    places_T: np.ndarray | None = None
 
     @property
     def num_targets(self) -> int:

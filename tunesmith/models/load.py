@@ -123,9 +123,13 @@ class Model:
         made = self.virtual_tokens
         return PackAttention(pack, device=self.device, virtual=None if made is None else made())
 
-    def target_logprobs(self, pack: Pack) -> Tensor:
-        """Log-probability [N] of each of the pack's targets, in float32 at least; gradients flow."""
-        hidden_TD = self.hidden(self.attention(pack))
+    def target_logprobs(self, pack: Pack, *, hidden_TD: Tensor | None = None) -> Tensor:
+        """Log-probability [N] of each of the pack's targets, in float32 at least; gradients flow.
+
+        `hidden_TD` are the pack's hidden states, where they are there already.
+        """
+        if hidden_TD is None:
+            hidden_TD = self.hidden(self.attention(pack))
         return target_logprobs(
             hidden_TD,
             head=self.head,

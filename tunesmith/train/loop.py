@@ -24,9 +24,11 @@ from tunesmith.data.tokens import TokenStore
 from tunesmith.data.types import Sequence
 from tunesmith.errors import Interrupted, NumericalError
 from tunesmith.methods.base import Method, num_trainable, trainable
+from tunesmith.models.blocks import num_frozen_blocks
 from tunesmith.models.load import Model
 from tunesmith.objectives.base import Loss, Objective, Readout, Totals
 from tunesmith.train import checkpoint
+from tunesmith.train.features import FrozenFeatures, open_features
 from tunesmith.train.memory import peak_memory_bytes, release_free_memory
 from tunesmith.train.optimiser import Optimiser, learning_rate
 from tunesmith.train.settings import TrainSettings
@@ -81,9 +83,9 @@ class FitResult:
     peak_memory_bytes: int
 
 
-def forward(model: Model, pack: Pack, *, objective: Objective) -> Loss:
-    """One pack through the model and the objective."""
-    logprob_N = model.target_logprobs(pack)
+def forward(model: Model, pack: Pack, *, objective: Objective, features: FrozenFeatures | None = None) -> Loss:
+    """One pack through the model and the objective; `features` are what its frozen blocks gave before."""
+    logprob_N = model.target_logprobs(pack, hidden_TD=None if features is None else features.hidden(model, pack))
     device = logprob_N.device
     weight_N = torch.from_numpy(pack.weight_N).to(device, logprob_N.dtype)
     readout = Readout(logprob_N, weight_N, torch.from_numpy(pack.sequence_N).to(device), len(pack.rows_S))
@@ -145,6 +147,25 @@ class Fit:
         self.progress = Progress()
         self.signal_number: int | None = None
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+        self.features, self.validation_features = self._frozen_features(folder / "features")
+
+    def _frozen_features(self, folder: Path) -> tuple[FrozenFeatures | None, FrozenFeatures | None]:
+        """What frozen blocks give for the training and validation rows, where either is seen more than once."""
+        settings = self.settings
+        if settings.reuse_frozen == "off" or settings.compile:
+            return None, None
+        num_blocks = num_frozen_blocks(self.model, moving=set(self.parameters.values()))
+        again = self.num_steps * settings.batch_rows > len(self.train)
+        validations = self.num_steps // self.validate_every
+        stores = (self.train if again else None, self.validation if validations > 1 else None)
+        with autocast(self.model, settings):
+            found = [
+                open_features(
+                    store, model=self.model, num_blocks=num_blocks, folder=folder / name, say=self.observer.message
+                )
+                for name, store in zip(("train", "validation"), stores, strict=True)
+            ]
+        return found[0], found[1]
 
     def run(self) -> FitResult:
         """Train until the steps are done or validation stops improving.
@@ -160,6 +181,9 @@ class Fit:
                 break
             self._next_step()
         self.save()
+        for features in (self.features, self.validation_features):
+            if features is not None:
+                features.remove()
         stopped = "finished" if self.progress.step >= self.num_steps else "early"
         return FitResult(self.progress, stopped, num_trainable(self.model), peak_memory_bytes(self.model.device))
 
@@ -206,13 +230,16 @@ class Fit:
         return units, (epoch, cursor + len(units))
 
     def _packs(self, units: list[int]) -> list[Pack]:
-        sequences = [sequence for unit in units for sequence in self.train.unit(unit)]
+        rows = self.train if self.features is None else self.features
+        sequences = [sequence for unit in units for sequence in rows.unit(unit)]
         return list(build_packs(sequences, max_tokens=self.settings.tokens_at_a_time(self.model.device.type)))
 
     def _step(self, packs: list[Pack], units: list[int]) -> dict[str, float]:
         """One optimiser step. A signal before the update saves and raises: nothing has changed then."""
         total = sum(self.objective.count(pack) for pack in packs)
         rate = learning_rate(self.progress.step, peak=self.peak, num_steps=self.num_steps, settings=self.settings)
+        if self.features is not None:
+            self.features.step = self.progress.step
         self.method.at_step(self.model, share=self.progress.step / self.num_steps)
         self.optimiser.zero_grad()
         loss_sum = 0.0
@@ -221,7 +248,7 @@ class Fit:
                 self._interrupted()
             torch.manual_seed(seed_for(seed=self.settings.seed, step=self.progress.step, pack=index))
             with autocast(self.model, self.settings):
-                loss = forward(self.model, pack, objective=self.objective)
+                loss = forward(self.model, pack, objective=self.objective, features=self.features)
             (loss.sum / total).backward()
             loss_sum += float(loss.sum.detach())
         norm = self._clip()
@@ -278,9 +305,11 @@ class Fit:
 
     def _validate(self) -> None:
         assert self.validation is not None
+        if self.validation_features is not None:
+            self.validation_features.step = self.progress.step
         totals = evaluate_loss(
             self.model,
-            self.validation,
+            self.validation if self.validation_features is None else self.validation_features,
             objective=self.objective,
             settings=self.settings,
             interrupted=lambda: self.signal_number is not None,
@@ -322,6 +351,9 @@ class Fit:
         name = f"step-{self.progress.step:08d}"
         if (self.folder / name).exists():
             return
+        for features in (self.features, self.validation_features):
+            if features is not None:
+                features.flush()
         tensors = self._weights() | {f"optimiser/{k}": v for k, v in self.optimiser.state().items()}
         checkpoint.save(self.folder, name=name, tensors=tensors, state={"progress": asdict(self.progress)})
         checkpoint.remove_old(self.folder)
@@ -330,12 +362,21 @@ class Fit:
         """Take up the newest good checkpoint; False when there is none."""
         path = checkpoint.latest(self.folder, warn=self.observer.message)
         if path is None:
+            self._forget_after(0, validated=-1)
             return False
         tensors, state = checkpoint.load(path)
         self._set_weights(tensors)
         self.optimiser.load_state({k[10:]: v for k, v in tensors.items() if k.startswith("optimiser/")})
         self.progress = Progress(**state["progress"])
+        self._forget_after(self.progress.step, validated=self.progress.validated_step)
         return True
+
+    def _forget_after(self, step: int, *, validated: int) -> None:
+        """Of what frozen blocks gave, keep what this state of the run had."""
+        if self.features is not None:
+            self.features.forget_after(step)
+        if self.validation_features is not None:
+            self.validation_features.forget_after(validated + 1)
 
     def restore_best(self) -> None:
         """Go back to the weights of the best validation loss, where one was measured."""
@@ -348,7 +389,7 @@ class Fit:
                 parameter.copy_(tensors[f"model/{name}"])
 
 
-def batches(store: TokenStore, *, max_tokens: int, units_at_a_time: int = 256) -> Iterator[Pack]:
+def batches(store: TokenStore | FrozenFeatures, *, max_tokens: int, units_at_a_time: int = 256) -> Iterator[Pack]:
     """All units of a store as packs, in order, a bounded number held at a time."""
     for start in range(0, len(store), units_at_a_time):
         sequences: list[Sequence] = []
@@ -359,7 +400,7 @@ def batches(store: TokenStore, *, max_tokens: int, units_at_a_time: int = 256) -
 
 def evaluate_loss(
     model: Model,
-    store: TokenStore,
+    store: TokenStore | FrozenFeatures,
     *,
     objective: Objective,
     settings: TrainSettings,
@@ -367,6 +408,7 @@ def evaluate_loss(
 ) -> Totals | None:
     """Mean loss over a store; None when interrupted. Dropout is off."""
     totals = Totals()
+    features = store if isinstance(store, FrozenFeatures) else None
     was_training = model.causal.training
     model.causal.eval()
     with torch.no_grad():
@@ -374,7 +416,7 @@ def evaluate_loss(
             if interrupted():
                 return None
             with autocast(model, settings):
-                loss = forward(model, pack, objective=objective)
+                loss = forward(model, pack, objective=objective, features=features)
             totals.add("loss", sum=float(loss.sum), count=loss.count)
             for name, (value, count) in loss.metrics.items():
                 totals.add(name, sum=value, count=count)

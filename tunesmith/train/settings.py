@@ -38,6 +38,9 @@ class TrainSettings(BaseModel):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, slower"
     )
+    reuse_frozen: Literal["auto", "off"] = Field(
+        default="auto", description="auto: what frozen blocks give is kept on disk and read back in later epochs"
+    )
     compile: bool = Field(default=False, description="compile the blocks with torch.compile")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU where there is one")
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
