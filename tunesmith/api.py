@@ -54,8 +54,9 @@ from tunesmith.runs import (
 )
 from tunesmith.storage import new_folder, read_json
 from tunesmith.train.loop import Fit, Observer
-from tunesmith.train.observers import Silent, recording
+from tunesmith.train.observers import Silent
 from tunesmith.train.settings import TrainSettings
+from tunesmith.train.trackers import recording
 
 
 def tune(

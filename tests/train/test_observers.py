@@ -18,22 +18,17 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tunesmith.errors import MissingExtraError, RecipeError, StorageError
-from tunesmith.train.observers import (
+from tunesmith.train.observers import MetricsFile, RichProgress, Several, Silent, Smoothed, duration
+from tunesmith.train.settings import TrainSettings
+from tunesmith.train.trackers import (
     TRACKERS,
-    MetricsFile,
     MLflow,
-    RichProgress,
-    Several,
-    Silent,
-    Smoothed,
     TensorBoard,
     Tracker,
     WeightsAndBiases,
-    duration,
     flatten,
     recording,
 )
-from tunesmith.train.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "demo-0a1b2c3d"
@@ -86,7 +81,7 @@ class Listener(Silent):
 
 def test_importing_the_observers_needs_neither_torch_nor_a_tracker():
     code = (
-        "import sys, tunesmith.train.observers;"
+        "import sys, tunesmith.train.trackers;"
         "print({'torch', 'tensorboard', 'mlflow', 'wandb'} & {name.partition('.')[0] for name in sys.modules})"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
