@@ -245,6 +245,10 @@ def test_no_room_on_the_disk_is_said_and_the_run_goes_on(
     assert any("is not kept" in message for message in heard.messages)
     fit.run()
     monkeypatch.undo()
+    monkeypatch.setattr(features, "MAX_TOKENS", 100)
+    assert fit_in("long").features is None
+    assert "more than 100 tokens" in heard.messages[-1]
+    monkeypatch.undo()
 
     def full(*given: Any) -> None:
         raise OSError(28, os.strerror(28))

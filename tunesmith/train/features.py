@@ -25,6 +25,7 @@ from tunesmith.models.load import Model
 
 MAX_BYTES = 16 << 30
 MAX_SHARE_OF_FREE = 0.5
+MAX_TOKENS = 50_000_000  # of a store: laying out more of them would take gigabytes of memory
 
 
 class FrozenFeatures:
@@ -116,6 +117,9 @@ def open_features(
 ) -> FrozenFeatures | None:
     """The features of a store, None where there is nothing to keep or no room for it."""
     if store is None or not len(store) or not num_blocks:
+        return None
+    if store.num_tokens > MAX_TOKENS:
+        say(f"what the {num_blocks} frozen blocks compute is not kept: there are more than {MAX_TOKENS:,} tokens")
         return None
     features = FrozenFeatures(store, model=model, num_blocks=num_blocks, folder=folder)
     if not features.open():
