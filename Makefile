@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check setup setup-dev reference clean
+.PHONY: quickstart test check setup setup-dev reference methods-table clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/tunesmith quickstart
@@ -19,6 +19,9 @@ check: $(VENV)/.installed-dev
 
 reference: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_reference.py
+
+methods-table: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/methods_table.py
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev

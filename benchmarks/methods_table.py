@@ -1,7 +1,7 @@
 """Every tuning method on one task: score, forgetting, share that moves, seconds, peak memory; three seeds, intervals.
 
     python benchmarks/methods_table.py --general TEXT.txt.xz   # fills results/methods.json, and goes on where it was
-    python benchmarks/methods_table.py --table                 # prints the table of docs/methods.md
+    python benchmarks/methods_table.py --table                 # prints the table of what is measured
 
 The task is the built-in model's sample tickets (as in `tunesmith quickstart`), each run in a process of its own. A method's
 learning rate is the best of FACTORS times its default, by validation loss with seed 0; the other seeds use that one. Scores
@@ -158,7 +158,7 @@ def fill(arguments: argparse.Namespace, report: dict[str, Any], *, save: Any) ->
 
 
 def table(report: dict[str, Any]) -> str:
-    """The table of docs/methods.md."""
+    """What is measured, as Markdown."""
 
     def shown(values: list[float], digits: int) -> str:
         mean = statistics.mean(values)

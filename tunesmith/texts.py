@@ -3,6 +3,7 @@
 from typing import Any
 
 from tunesmith.evaluate.statistics import decimals, p_text
+from tunesmith.evaluate.texts import ALSO_CHOSE
 from tunesmith.registry.compare import aligned
 
 
@@ -68,4 +69,5 @@ def evaluation_text(document: dict[str, Any]) -> str:
             )
     left = f", {document['left_out_rows']} rows did not fit" if document.get("left_out_rows") else ""
     head = f"{document['run']} on {document['rows']:,} held-out rows ({document['data']}{left})"
-    return "\n".join([head, "", aligned(table), "", aligned(differences), "", document["sentence"]])
+    parts = [head, "", aligned(table), "", aligned(differences), "", document["sentence"]]
+    return "\n".join([*parts, ALSO_CHOSE] if document["data"] == "validation" else parts)

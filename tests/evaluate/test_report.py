@@ -15,6 +15,8 @@ from tunesmith.errors import NotFoundError, StorageError
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.report import write_report
 from tunesmith.evaluate.statistics import compare, interval, verdict
+from tunesmith.evaluate.texts import ALSO_CHOSE
+from tunesmith.texts import evaluation_text
 
 SYSTEM_PROMPT = (
     "You sort the tickets of Larkfield Sensors. Answer with one JSON object and nothing else.\n"
@@ -102,6 +104,7 @@ def evaluation_of(rows, *, generator):
     return {
         "run": "ticket-triage-3f9a1c07",
         "rows": len(rows),
+        "data": "test",
         "systems": systems,
         "metrics": metrics,
         "verdict": word,
@@ -269,6 +272,20 @@ def test_values_of_the_tables_are_those_of_the_evaluation(run_folder):
     assert difference["value"] < 0
     assert f"−{-difference['value']:.1f}−{-difference['low']:.1f} to −{-difference['high']:.1f}" in page.text
     assert f"{difference['better_rows']} / {difference['worse_rows']}" in page.text
+
+
+def test_rows_that_also_chose_the_best_step_are_called_so(run_folder):
+    page = Page(report_of(run_folder))
+    assert f"{NUM_ROWS} test rows, the same for every system" in page.text
+    assert ALSO_CHOSE not in page.text
+    path = run_folder / "evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": "validation"}))
+    page = Page(report_of(run_folder))
+    assert f"{NUM_ROWS} validation rows, the same for every system" in page.text
+    assert ALSO_CHOSE in page.text
+    assert ALSO_CHOSE in evaluation_text(json.loads(path.read_text()))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": "others.jsonl"}))
+    assert "other rows, the same" in Page(report_of(run_folder)).text
 
 
 def test_shared_prompt_is_shown_once(run_folder):

@@ -17,7 +17,7 @@ from tunesmith.evaluate.curves import Scale, curves
 from tunesmith.evaluate.examples import Headline, examples
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.statistics import SIGNIFICANCE, decimals, p_text
-from tunesmith.evaluate.texts import bytes_text, clip, duration_text, number_text, read_optional, time_text
+from tunesmith.evaluate.texts import ALSO_CHOSE, bytes_text, clip, duration_text, number_text, read_optional, time_text
 from tunesmith.storage import read_json, write_text
 
 MAX_FOLD = 600  # characters of a text shown before the rest is folded
@@ -143,7 +143,13 @@ def _scores(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         direction = "higher" if entry["higher_is_better"] else "lower"
         description = METRICS[name].description if name in METRICS else ""
         rows.append({"metric": name, "cells": cells, "direction": direction, "description": description})
-    return {"systems": evaluation["systems"], "rows": rows, "num_rows": evaluation["rows"]}
+    return {
+        "systems": evaluation["systems"],
+        "rows": rows,
+        "num_rows": evaluation["rows"],
+        "kind": evaluation["data"] if evaluation["data"] in ("test", "validation") else "other",
+        "note": ALSO_CHOSE if evaluation["data"] == "validation" else "",
+    }
 
 
 def _signed(value: float, places: int) -> str:

@@ -13,6 +13,12 @@ from tunesmith.storage import read_json
 MAX_TEXT = 4_000  # characters of one prompt, answer or reference; thirty examples stay well below a megabyte
 
 
+ALSO_CHOSE = (
+    "These rows also chose the best step, so the tuned model's score may be a little high; data.test names rows that only "
+    "the evaluation sees."
+)
+
+
 def read_optional(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, None if there is no such file."""
     return read_json(path) if path.exists() else None
