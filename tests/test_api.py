@@ -264,8 +264,15 @@ def test_an_early_stop_is_not_undone_by_going_on(project):
 
 
 def test_the_best_step_is_the_one_that_is_kept(project):
-    how = ("train.learning_rate=0.5", "train.clip=null", "train.validate_every=1", "train.max_steps=12")
-    run = tune(project, *how)
+    contrary = project / "contrary.jsonl"  # validation asks for other answers than training gives
+    contrary.write_text("".join(json.dumps({"prompt": f"ask {i}", "completion": "no"}) + "\n" for i in range(20)))
+    run = tune(
+        project,
+        f"data.validation={contrary}",
+        "train.learning_rate=0.1",
+        "train.validate_every=1",
+        "train.max_steps=12",
+    )
     assert run.summary["best_step"] < run.summary["steps"]
     perplexity = evaluate(project, run).value("perplexity")  # of the same validation rows
     assert perplexity == pytest.approx(math.exp(run.summary["validation_loss"]), rel=1e-5)

@@ -357,7 +357,7 @@ def export(
     Before it is done the written model is loaded again and its logits are compared with the run's. `on_message` hears
     what storing a merged model in few bits again would cost.
     """
-    from tunesmith.export import export_merged, export_peft, requantised_gap
+    from tunesmith.export import export_merged, export_peft, requantised_cost
 
     writers = {"peft": export_peft, "merged": export_merged}
     if form not in writers:
@@ -378,6 +378,8 @@ def export(
     contract = json.loads((tuned.run.path / CONTRACT).read_text("utf-8"))
     writers[form](tuned.model, method=tuned.method, template=tuned.template, contract=contract, out=out)
     if form == "merged" and (bits := method.stored_in) is not None:
-        gap = requantised_gap(tuned.model, kind=bits, contract=contract)
-        on_message(f"stored in {bits} again, the merged model's logits would differ by up to {gap:.1%} of their size")
+        nats = requantised_cost(tuned.model, kind=bits, contract=contract)
+        on_message(
+            f"stored in {bits} again, the merged model's next token would differ by {nats:.3f} nats (KL divergence)"
+        )
     return out

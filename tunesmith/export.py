@@ -16,6 +16,7 @@ from tunesmith.models.quantised import Quantisation, quantise
 from tunesmith.storage import new_folder
 
 TOLERANCE = 1e-4  # of float32 logits, relative to their largest
+POSITIONS = 64  # of a probe, at its end, whose logits are compared
 
 
 def _probe_ids(contract: dict[str, Any]) -> list[list[int]]:
@@ -23,7 +24,7 @@ def _probe_ids(contract: dict[str, Any]) -> list[list[int]]:
 
 
 def _logits(model: Model, contract: dict[str, Any]) -> list[torch.Tensor]:
-    """Next-token logits at the end of every probe."""
+    """Next-token logits at the last positions of every probe."""
     import numpy as np
 
     from tunesmith.data.pack import build_pack
@@ -35,7 +36,7 @@ def _logits(model: Model, contract: dict[str, Any]) -> list[torch.Tensor]:
         for ids in _probe_ids(contract):
             pack = build_pack([Sequence(np.array(ids, np.int32), np.zeros(len(ids), np.float32))])
             hidden_TD = model.hidden(model.attention(pack))
-            found.append(head_logits(hidden_TD[-1:], head=model.head, softcap=model.softcap))
+            found.append(head_logits(hidden_TD[-POSITIONS:], head=model.head, softcap=model.softcap))
     return found
 
 
@@ -44,11 +45,13 @@ def _gaps(expected: list[torch.Tensor], found: list[torch.Tensor]) -> list[float
     return [float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, found, strict=True)]
 
 
-def requantised_gap(merged: Model, *, kind: Quantisation, contract: dict[str, Any]) -> float:
-    """By how much the probes' logits move when a merged model is stored in few bits again; it is, afterwards."""
+def requantised_cost(merged: Model, *, kind: Quantisation, contract: dict[str, Any]) -> float:
+    """KL(merged || stored in few bits) of the next token, nats, mean over the probes; it is in few bits afterwards."""
     before = _logits(merged, contract)
     quantise(merged, kind)
-    return max(_gaps(before, _logits(merged, contract)))
+    after = _logits(merged, contract)
+    merged_PV, stored_PV = (torch.cat(found).float().log_softmax(-1) for found in (before, after))
+    return float((merged_PV.exp() * (merged_PV - stored_PV)).sum(-1).mean())
 
 
 def _compare(expected: list[torch.Tensor], found: list[torch.Tensor], *, out: Path) -> None:

@@ -1,14 +1,19 @@
 """Matrices in few bits against their definitions."""
 
+import math
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tunesmith.data.pack import build_pack
+from tunesmith.data.types import Sequence
 from tunesmith.errors import RecipeError
+from tunesmith.export import requantised_cost
 from tunesmith.models.load import Model
 from tunesmith.models.quantised import Int8Linear, Nf4Linear, QuantisedLinear, check_installed, quantise, restore
 
@@ -75,8 +80,9 @@ def test_a_restored_base_is_the_kind_of_model_it_was(build_model: BuildModel, ar
     before = {
         name: (type(m), m.weight.shape) for name, m in model.causal.named_modules() if isinstance(m, nn.Linear | Conv1D)
     }
-    head = model.head
+    head, parameters = model.head, model.num_parameters()
     quantise(model, kind)  # type: ignore[arg-type]
+    assert model.num_parameters() == parameters
     quantised = [n for n, m in model.causal.named_modules() if isinstance(m, QuantisedLinear)]
     assert len(quantised) == len(before) - 1  # all but the head
     assert model.head is head
@@ -85,6 +91,23 @@ def test_a_restored_base_is_the_kind_of_model_it_was(build_model: BuildModel, ar
         name: (type(m), m.weight.shape) for name, m in model.causal.named_modules() if isinstance(m, nn.Linear | Conv1D)
     }
     assert after == before
+
+
+def test_the_cost_of_few_bits_is_the_divergence_of_the_next_token(build_model: BuildModel) -> None:
+    model = build_model("llama", dtype=torch.float32)
+    contract = {"probes": [{"sequences": [{"ids": [5, 6, 7]}, {"ids": [9, 8]}]}]}
+
+    def probabilities() -> list[Tensor]:
+        packs = [build_pack([Sequence(np.array(ids), np.zeros(len(ids)))]) for ids in ([5, 6, 7], [9, 8])]
+        with torch.no_grad():
+            return [p for pack in packs for p in model.head(model.hidden(model.attention(pack))).softmax(-1)]
+
+    before = probabilities()
+    cost = requantised_cost(model, kind="nf4", contract=contract)
+    pairs = list(zip(before, probabilities(), strict=True))
+    naive = sum(p * math.log(p / q) for ps, qs in pairs for p, q in zip(ps.tolist(), qs.tolist(), strict=True))
+    assert cost == pytest.approx(naive / 5, rel=1e-3)
+    assert cost > 0
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

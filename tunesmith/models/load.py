@@ -22,6 +22,7 @@ from tunesmith.data.pack import Pack
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import ModelError
 from tunesmith.models.base import NewBase, context_of, digest_folder, read_config, resolve_base
+from tunesmith.models.quantised import QuantisedLinear
 from tunesmith.models.readout import target_logprobs
 from tunesmith.models.virtual import NAME, Virtual, VirtualTokens
 
@@ -139,8 +140,9 @@ class Model:
         )
 
     def num_parameters(self) -> int:
-        """Parameters in all, tied ones once."""
-        return sum(p.numel() for p in self.causal.parameters())
+        """Parameters in all, tied ones once and those stored in few bits as what they stand for."""
+        stored = sum(m.in_features * m.out_features for m in self.causal.modules() if isinstance(m, QuantisedLinear))
+        return stored + sum(p.numel() for p in self.causal.parameters())
 
     def checkpoint_activations(self) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""

@@ -11,14 +11,17 @@ longer than the product. The vocabulary head, embeddings, norms and fused expert
 Shapes: I and O inputs and outputs of a layer.
 """
 
-from typing import Any, Literal, cast
+import logging
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import RecipeError
-from tunesmith.models.load import Model
+
+if TYPE_CHECKING:
+    from tunesmith.models.load import Model
 
 Quantisation = Literal["nf4", "int8"]
 
@@ -118,6 +121,7 @@ KINDS: dict[str, type[QuantisedLinear]] = {"nf4": Nf4Linear, "int8": Int8Linear}
 
 
 def _bitsandbytes() -> Any:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of faster products, which are not used here
     try:
         from bitsandbytes import functional
     except ImportError as error:
@@ -133,7 +137,7 @@ def check_installed(kind: Quantisation | None) -> None:
         _bitsandbytes()
 
 
-def quantise(model: Model, kind: Quantisation) -> None:
+def quantise(model: "Model", kind: Quantisation) -> None:
     """Store the weight of every linear layer but the vocabulary head in few bits."""
     for name, layer in list(model.causal.named_modules()):
         if isinstance(layer, nn.Linear | Conv1D) and layer is not model.head:
@@ -142,13 +146,13 @@ def quantise(model: Model, kind: Quantisation) -> None:
             _put(model, name, KINDS[kind](weight_OI, layer.bias, transposed=transposed))
 
 
-def restore(model: Model) -> None:
+def restore(model: "Model") -> None:
     """Ordinary layers again, with the weights that were computed with."""
     for name, layer in list(model.causal.named_modules()):
         if isinstance(layer, QuantisedLinear):
             _put(model, name, layer.plain())
 
 
-def _put(model: Model, name: str, module: nn.Module) -> None:
+def _put(model: "Model", name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.causal.get_submodule(parent), leaf, module)
