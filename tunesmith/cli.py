@@ -28,6 +28,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at data and prepare it.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
+SPIN_COUNT = "5000"  # OpenMP threads wait for one another this long before they give the core away (docs/log.md)
 USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, or that of the copy of click inside newer typers
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
@@ -308,6 +309,7 @@ def _run() -> int:
 def main() -> None:
     """Run a command and turn every foreseen error into two lines and an exit status."""
     _tolerant_streams()
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     try:
         status = _run()
         sys.stdout.flush()  # here, where a reader that is gone is no error
