@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +21,7 @@ from tunesmith.data.pack import Pack, build_pack
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokens import TokenStore, TokenWriter
 from tunesmith.data.types import Origin, Sequence
+from tunesmith.models.base import POOLED
 from tunesmith.models.load import Model, NewBase, load_model
 
 # One thread here and in every child: sums are added in the same order, so bits can be compared across processes.
@@ -59,6 +60,30 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "smollm3": COMMON | {"num_hidden_layers": 3, "no_rope_layer_interval": 2},
 }  # fmt: skip
 ARCHITECTURES = tuple(CONFIGS)
+ENCODER_SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", "[OTHER]")
+BERT: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 64, "type_vocab_size": 2, "pad_token_id": 0,
+    "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+}  # fmt: skip
+ROBERTA = BERT | {"max_position_embeddings": 70, "type_vocab_size": 1, "pad_token_id": 5}
+ENCODER_CONFIGS: dict[str, dict[str, Any]] = {
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA | {"pad_token_id": 0, "max_position_embeddings": 65},
+    "distilbert": {
+        "vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4,
+        "max_position_embeddings": 64, "pad_token_id": 0, "dropout": 0.1, "attention_dropout": 0.1,
+    },
+    "electra": BERT | {"embedding_size": 16},
+    "modernbert": {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "local_attention": WINDOW_TOKENS,
+        "global_attn_every_n_layers": 2, "pad_token_id": 0, "bos_token_id": 1, "cls_token_id": 1, "sep_token_id": 2,
+        "eos_token_id": 2, "embedding_dropout": 0.1, "mlp_dropout": 0.1, "attention_dropout": 0.1,
+    },
+}  # fmt: skip
+ENCODER_ARCHITECTURES = tuple(ENCODER_CONFIGS)
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -118,6 +143,20 @@ def toy_tokenizer(toy_tokenizer_folder: Path) -> Tokenizer:
     return Tokenizer.from_folder(toy_tokenizer_folder)
 
 
+@pytest.fixture(scope="session")
+def encoder_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bytes between [CLS] and [SEP], as a tokenizer made for BERT has it: no begin or end of text, no chat template."""
+    folder = tmp_path_factory.mktemp("encoder-tokenizer")
+    backend = byte_backend(ENCODER_SPECIAL)
+    marks = [(name, ENCODER_SPECIAL.index(name)) for name in ("[CLS]", "[SEP]")]
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=marks)
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | names
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    return folder
+
+
 class _NoNarrowing(TorchDispatchMode):
     """float64 stays float64, where transformers' norms and softmaxes would round to float32."""
 
@@ -139,7 +178,9 @@ BuildModel = Callable[..., Model]
 
 
 @pytest.fixture(scope="session")
-def build_model(toy_tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> BuildModel:
+def build_model(
+    toy_tokenizer_folder: Path, encoder_tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> BuildModel:
     """`build_model(architecture, dtype=..., **config)`: a fresh random model, the same one every time.
 
     Every parameter is moved off its initial value, so that zero biases and unit norms hide no mistake.
@@ -148,8 +189,10 @@ def build_model(toy_tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFac
 
     def build(architecture: str, *, dtype: torch.dtype = torch.float64, **config: Any) -> Model:
         path = folder / f"{architecture}.json"
-        path.write_text(json.dumps({"model_type": architecture} | CONFIGS[architecture] | config), "utf-8")
-        model = load_model(NewBase(config=str(path), tokenizer=str(toy_tokenizer_folder), seed=5), dtype=dtype)
+        made = (CONFIGS | ENCODER_CONFIGS)[architecture]
+        path.write_text(json.dumps({"model_type": architecture} | made | config), "utf-8")
+        tokenizer = encoder_tokenizer_folder if architecture in ENCODER_CONFIGS else toy_tokenizer_folder
+        model = load_model(NewBase(config=str(path), tokenizer=str(tokenizer), seed=5), dtype=dtype)
         if architecture == "qwen3_moe":
             model.causal.set_experts_implementation("eager")  # the default one has no float64
         generator = torch.Generator().manual_seed(7)
@@ -165,11 +208,13 @@ def build_model(toy_tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="session")
 def eager_twin() -> Callable[[Model], Any]:
     """`eager_twin(model)`: transformers' own model with its own eager attention and the same weights."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     def build(model: Model) -> Any:
         config = copy.deepcopy(model.causal.config)
-        twin = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=model.causal.dtype)
+        classes = AutoModel if model.is_encoder else AutoModelForCausalLM
+        plain = {"add_pooling_layer": False} if config.model_type in POOLED else {}
+        twin = classes.from_config(config, attn_implementation="eager", dtype=model.causal.dtype, **plain)
         twin.load_state_dict(model.causal.state_dict())
         assert twin.config._attn_implementation == "eager"
         return twin.eval()

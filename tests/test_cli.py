@@ -20,7 +20,7 @@ from tunesmith import cli
 
 CONFIG = {"model_type": "llama", "max_position_embeddings": 64}
 CHECK_KEYS = {"file", "form", "rows", "problems", "tokens", "ledger"}
-RUN_COMMANDS = ("evaluate", "show", "report", "generate", "chat", "export", "compare")
+RUN_COMMANDS = ("evaluate", "show", "report", "generate", "chat", "export", "compare", "combine")
 COMMANDS = ("quickstart", "init", "data", "train", "runs", *RUN_COMMANDS)
 
 
@@ -106,7 +106,7 @@ def started(here: Path) -> str:
 
 
 def run_arguments(command: str, run: str) -> list[str]:
-    more = {"compare": [run], "generate": ["hello"], "export": ["--out", "taken"]}
+    more = {"compare": [run], "combine": [run, "--how", "ties"], "generate": ["hello"], "export": ["--out", "taken"]}
     return [command, run, *more.get(command, [])]
 
 

@@ -22,7 +22,7 @@ from tunesmith.data.settings import DataSettings
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.methods import METHODS
-from tunesmith.models.base import SUPPORTED
+from tunesmith.models.base import ENCODERS, SUPPORTED
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.recipe import parse_recipe
 from tunesmith.train.settings import TrainSettings
@@ -235,7 +235,7 @@ def test_settings_that_are_named_exist() -> None:
 @pytest.mark.parametrize(
     ("page", "names"),
     [
-        ("models.md", SUPPORTED),
+        ("models.md", SUPPORTED | ENCODERS),
         ("evaluation.md", METRICS),
         ("data.md", STATES),
         ("data.md", READERS),

@@ -25,6 +25,10 @@ FLOORS: list[set[str]] = [
     {"registry"},
     {"recipe"},
     {"runs", "export"},
+    {"export_head"},
+    {"vocabulary"},
+    {"tuned"},
+    {"combining", "proving"},
     {"api"},
     {"chat", "checks", "init", "quickstart", "texts"},  # what single commands do
     {"cli", "serve", "studio", "feedback"},

@@ -37,7 +37,13 @@ ROWS = {
     "text": [{"text": f"Once upon a time there were {i} bears."} for i in range(30)],
     "labelled": [{"text": f"ticket {i}", "label": "billing"} for i in range(30)],
     "numbered": [{"text": f"ticket {i}", "label": i % 3} for i in range(30)],
+    "amounts": [{"text": f"ticket {i}", "label": i / 4} for i in range(30)],
+    "tagged": [{"tokens": [f"ticket{i}", "b"], "ner_tags": ["O", "B-X"]} for i in range(30)],
 }
+
+
+OBJECTIVES = {"text": "causal", "labelled": "classification", "numbered": "classification", "amounts": "regression"}
+OBJECTIVES |= {"tagged": "token_classification"}
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -58,8 +64,8 @@ def test_every_row_is_usable_with_the_recipe_that_is_written(tmp_path, form):
     assert recipe.data.train_paths == [str(source)]
     examples = [examine(row, settings=recipe.data) for row in read_rows(source, on_bad=pytest.fail)]
     assert all(isinstance(example, Example) for example in examples)
-    assert recipe.objective.kind == ("causal" if form == "text" else "instruction")
-    assert (examples[0].text is not None) == (form == "text")
+    assert recipe.objective.kind == OBJECTIVES.get(form, "instruction")
+    assert (examples[0].text is not None) == (form in OBJECTIVES and form != "tagged")
     assert all(METRICS[name].reads == "likelihood" or form != "text" for name in recipe.evaluate.metrics)
 
 

@@ -97,6 +97,12 @@ def test_a_new_base_is_trained_in_full():
     assert recipe.base.seed == 3
 
 
+@pytest.mark.parametrize("text", ["off", "'off'"])
+def test_off_is_a_word_and_no_truth_value(text):
+    value = f"data: {{train: a.jsonl}}\ntrain: {{reuse_frozen: {text}}}\n"
+    assert parse_recipe(value, file=Path("toy.yaml")).train.reuse_frozen == "off"
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [("2e-4", 2e-4), ("1e3", 1000.0), ("3.", 3.0), (".5", 0.5), ("+1E-2", 0.01), ("5", 5.0), ("0.25", 0.25)],

@@ -6,11 +6,12 @@ print(tunesmith.load(run).generate("Where is my parcel?"))
 """
 
 import contextlib
-import datetime
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +19,54 @@ import torch
 from pydantic import ValidationError
 
 from tunesmith.data.contract import FILE as CONTRACT
-from tunesmith.data.contract import check_contract
 from tunesmith.data.formats import to_example
 from tunesmith.data.ledger import Problem
-from tunesmith.data.prepare import Prepared
 from tunesmith.data.sources import read_rows
 from tunesmith.data.template import ChatTemplate
-from tunesmith.data.types import Example, Message
+from tunesmith.data.types import Example
 from tunesmith.errors import DataError, Interrupted, NotFoundError, RecipeError, StorageError
 from tunesmith.evaluate.report import write_report
-from tunesmith.evaluate.run import Evaluation, System, choose_shots, evaluate_systems
+from tunesmith.evaluate.result import Evaluation
+from tunesmith.evaluate.run import System
 from tunesmith.evaluate.settings import EvaluateSettings
-from tunesmith.generate.runner import Generator
 from tunesmith.generate.sampling import Sampling
-from tunesmith.methods import Method
 from tunesmith.methods.base import set_trainable_dtype
+from tunesmith.methods.several import Several
+from tunesmith.models.extended import train_new_rows
+from tunesmith.models.heads import attach_head, save_head
 from tunesmith.models.load import Model, load_model
 from tunesmith.models.quantised import check_installed
+from tunesmith.objectives.headed import Headed
+from tunesmith.proving import prove_head, prove_text
 from tunesmith.recipe import Recipe, load_recipe
 from tunesmith.registry.index import Index
 from tunesmith.registry.workspace import Workspace, find_workspace
 from tunesmith.runs import (
     Run,
+    check_suits,
     check_unchanged,
     device_of,
     find_run,
     find_unfinished,
     index_of,
+    own_rows,
     prepare_data,
     record_start,
     resolved_of,
+    teacher_of,
     template_of,
+    with_objective,
     write_start,
     write_summary,
 )
-from tunesmith.storage import new_folder, read_json
+from tunesmith.storage import new_folder
 from tunesmith.train.loop import Fit, Observer
 from tunesmith.train.observers import Silent
+from tunesmith.train.readings import finish_head
 from tunesmith.train.settings import TrainSettings
 from tunesmith.train.trackers import recording
+from tunesmith.tuned import Tuned, load
+from tunesmith.vocabulary import grow_tokenizer, record_tokenizer
 
 
 def tune(
@@ -78,10 +88,18 @@ def tune(
     observer = observer or Silent()
     with _Signals() as signals:
         check_installed(recipe.method.stored_in)
+        check_suits(recipe)
         model = load_model(recipe.base, device=device_of(recipe.train))
+        teacher = teacher_of(recipe, model=model)
         before = find_unfinished(workspace, recipe) if resume else None
         template = template_of(model, recipe, run=before)
+        growth = grow_tokenizer(
+            recipe, model=model, workspace=workspace, template=template, on_message=observer.message
+        )
+        if growth is not None:
+            template = template_of(model, recipe, run=before)
         prepared = prepare_data(recipe, model=model, workspace=workspace, template=template)
+        recipe = with_objective(recipe, prepared.objective)
         resolved = resolved_of(recipe, model=model, prepared=prepared, template=template)
         if before is not None:
             check_unchanged(before, resolved)
@@ -89,7 +107,13 @@ def tune(
         write_start(folder, recipe, resolved, prepared=prepared, template=template)
         index = index_of(workspace)
         record_start(index, folder, recipe, model=model, prepared=prepared)
+        if growth is not None:
+            growth.write(folder)
+            growth.extend(model, whole=recipe.method.saves_model)
         recipe.method.apply(model, seed=recipe.train.seed)
+        train_new_rows(model)
+        if recipe.objective.reads == "outputs":
+            attach_head(model, num_outputs=recipe.objective.num_outputs)
         if recipe.train.precision == "bf16":
             set_trainable_dtype(model, frozen=torch.bfloat16)
         _speed_options(model, recipe.train)
@@ -105,6 +129,7 @@ def tune(
                 settings=recipe.train,
                 folder=folder,
                 observer=recorder,
+                teacher=teacher,
             )
             signals.fit = fit
             stopped = _run(fit, folder=folder, index=index, resume=resume)
@@ -113,6 +138,18 @@ def tune(
             recipe.method.save(model, folder=new)
             if not recipe.method.saves_model:
                 model.save_tokenizer(new)
+            if isinstance(recipe.objective, Headed):
+                calibration = finish_head(
+                    model,
+                    recipe.objective,
+                    train=prepared.train,
+                    validation=prepared.validation_rows,
+                    settings=recipe.train,
+                )
+                conversations = any(example.messages for example in islice(prepared.examples("train"), 1))
+                document = {"objective": prepared.objective, "calibration": calibration, "conversations": conversations}
+                save_head(model, folder=new, document=document)
+        record_tokenizer(folder)
         write_summary(folder, fit, stopped=stopped, state="finished")
         index.finish_run(folder.name, state="finished")
     return Run(folder)
@@ -167,84 +204,6 @@ def _speed_options(model: Model, settings: TrainSettings) -> None:
             layer.compile(dynamic=True)
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """A tuned model ready for use."""
-
-    run: Run
-    model: Model
-    template: ChatTemplate
-    method: Method
-
-    def generate(
-        self, prompt: "str | list[Message] | list[dict[str, Any]]", *, sampling: Sampling | None = None
-    ) -> str:
-        """The answer to a prompt or to a conversation that ends with a user turn."""
-        return self.generate_many([prompt], sampling=sampling)[0]
-
-    def generate_many(self, prompts: "list[Any]", *, sampling: Sampling | None = None) -> list[str]:
-        """The answers to several prompts, together."""
-        ids = [self.template.prompt(self._messages(p)).ids for p in prompts]
-        return [c.text for c in self._generator().generate(ids, sampling=sampling or Sampling())]
-
-    def stream(
-        self, prompt: "str | list[Message] | list[dict[str, Any]]", *, sampling: Sampling | None = None
-    ) -> Iterator[str]:
-        """The answer, piece by piece."""
-        ids = self.template.prompt(self._messages(prompt)).ids
-        return self._generator().stream(ids, sampling=sampling or Sampling())
-
-    def _generator(self) -> Generator:
-        return Generator(self.model, stop_ids=self.template.stop_ids())
-
-    def _messages(self, prompt: Any) -> list[Message]:
-        if isinstance(prompt, str):
-            system = self.run.recipe.data.system
-            return [*([Message("system", system)] if system else []), Message("user", prompt)]
-        return [m if isinstance(m, Message) else Message(m["role"], m["content"]) for m in prompt]
-
-
-def load(run: Run | Path | str, *, workspace: Workspace | None = None, device: str = "auto") -> Tuned:
-    """Load a run's tuned model and check its token contract.
-
-    Raises NotFoundError where the run has no model yet, TemplateError where the contract is broken.
-    """
-    run = find_run(run, workspace=workspace)
-    folder = run.path / "model"
-    if not run.finished:
-        state = run.summary.get("state")
-        raise NotFoundError(
-            f"the run {run.name} is {state} and has no model yet", hint="finish it: tunesmith train RECIPE --resume"
-        )
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    method = run.recipe.method
-    if method.saves_model:
-        model = load_model(str(folder), device=where)
-    else:
-        model = load_model(run.recipe.base, device=where)
-        _check_base(run, model)
-        method.load(model, folder=folder)
-        model.causal.to(where)
-        template_path = folder / "chat_template.jinja"
-        if template_path.is_file():
-            model.tokenizer.chat_template = template_path.read_text("utf-8")
-    model.causal.eval()
-    contract = run.path / CONTRACT
-    document = read_json(contract)
-    template = ChatTemplate(model.tokenizer, today=datetime.date.fromisoformat(document["today"]))
-    check_contract(document, template=template, file=contract)
-    return Tuned(run, model, template, method)
-
-
-def _check_base(run: Run, model: Model) -> None:
-    if model.digest != run.resolved["hashes"]["base"]:
-        raise StorageError(
-            f"the base '{model.name}' is no longer the one that {run.name} was tuned from",
-            file=model.folder,
-            hint="restore the base's files: the adapter fits no other",
-        )
-
-
 def evaluate(
     run: Run | Path | str,
     *,
@@ -264,34 +223,25 @@ def evaluate(
     tuned = load(run, workspace=workspace)
     recipe = run.recipe
     in_place = recipe.method.keeps_base and recipe.method.stored_in is None  # what counts is the base as it came
+    in_place = in_place and not recipe.objective.num_new_tokens  # and as it reads
     base = tuned.model if in_place else load_model(recipe.base, device=str(tuned.model.device))
-    prepared = None
-    if data is None or "few_shot" in settings.against:
-        prepared = prepare_data(recipe, model=tuned.model, workspace=workspace, template=tuned.template)
-    name, examples = _own_rows(run, prepared) if data is None else (str(data), _other_rows(recipe, data))
-    shots: tuple[Example, ...] = ()
-    if prepared is not None and "few_shot" in settings.against:
-        shots = choose_shots(
-            prepared.examples("train"),
-            count=settings.few_shot,
-            seed=settings.seed,
-            template=tuned.template,
-            examples=examples,
-            room=tuned.model.room_tokens - settings.max_tokens,
-        )
     switched = (lambda: tuned.method.disabled(tuned.model)) if base is tuned.model else contextlib.nullcontext
-    systems = [System("tuned", tuned.model)]
-    if "base" in settings.against:
-        systems.append(System("base", base, switched))
-    if shots:
-        systems.append(System("few_shot", base, switched, shots))
-    evaluation = evaluate_systems(
-        systems,
-        examples=examples,
-        template=tuned.template,
-        objective=recipe.objective,
+    prepared = None
+    if data is None or settings.against is None or set(settings.against) - {"base"}:
+        prepared = prepare_data(recipe, model=tuned.model, workspace=workspace, template=tuned.template)
+    if data is None:
+        assert prepared is not None
+        name, examples = own_rows(run, prepared)
+    else:
+        name, examples = str(data), _other_rows(recipe, data)
+    own = template_of(base, recipe, run=run.path) if recipe.objective.num_new_tokens else None
+    prove = prove_head if isinstance(recipe.objective, Headed) else prove_text
+    evaluation = prove(
+        tuned,
+        System("base", base, switched, template=own),
         settings=settings,
-        run=run.name,
+        train=(lambda: iter(())) if prepared is None else partial(prepared.examples, "train"),
+        examples=examples,
         data=name,
         on_progress=on_progress,
     )
@@ -308,28 +258,15 @@ def evaluation_settings(run: Run, *, against: list[str] | None = None, rows: int
     if against is not None:
         update["against"] = tuple(against)
     values = run.recipe.evaluate.model_dump(exclude_unset=True) | update
-    if "few_shot" not in values.get("against", ("few_shot",)):
+    if "few_shot" not in (values.get("against") or ("few_shot",)):
         values.pop("few_shot", None)
     try:
         return EvaluateSettings.model_validate(values)
     except ValidationError as error:
         raise RecipeError(
-            f"--against or --rows: {error.errors()[0]['msg']}", hint="--against takes base and few_shot"
+            f"--against or --rows: {error.errors()[0]['msg']}",
+            hint="--against takes base, few_shot, majority, mean and median",
         ) from None
-
-
-def _own_rows(run: Run, prepared: Prepared | None) -> tuple[str, list[Example]]:
-    """The rows that the run itself held out, and which they are."""
-    assert prepared is not None
-    if prepared.files != run.resolved["hashes"]["files"]:
-        raise DataError(
-            f"the data files changed since {run.name} was trained, so its held-out rows may no longer be held out",
-            hint="put the files back, or give rows to evaluate on: --data FILE",
-        )
-    name, examples = prepared.held_out()
-    if not examples:
-        raise DataError("the run holds no rows back", hint="give rows to evaluate on: --data FILE")
-    return name, examples
 
 
 def _other_rows(recipe: Recipe, data: Path | str) -> list[Example]:
@@ -358,6 +295,7 @@ def export(
     what storing a merged model in few bits again would cost.
     """
     from tunesmith.export import export_merged, export_peft, requantised_cost
+    from tunesmith.export_head import check_exportable, export_head
 
     writers = {"peft": export_peft, "merged": export_merged}
     if form not in writers:
@@ -366,9 +304,18 @@ def export(
         what = "the folder is not empty" if out.is_dir() else "this is a file"
         raise StorageError(what, file=out, hint="give a new folder with --out")
     run = find_run(run, workspace=workspace)
-    method = run.recipe.method
+    method, objective = run.recipe.method, run.recipe.objective
+    if form == "peft" and objective.num_outputs:
+        raise RecipeError(
+            f"the run has a head for {objective.kind_name}, which goes with merged weights", hint="use --format merged"
+        )
     if form == "peft" and method.peft_type is None:
         raise RecipeError(f"PEFT has no adapters of the kind '{method.kind}'", hint="use --format merged")
+    if form == "peft" and run.recipe.objective.num_new_tokens and not method.peft_new_rows:
+        raise RecipeError(
+            f"PEFT has no rows of new tokens beside an adapter of the kind '{method.kind}'",
+            hint="use --format merged" if method.merges else "train with method: lora to export new tokens",
+        )
     if form == "merged" and not method.merges:
         raise RecipeError(
             f"method '{method.kind}' cannot be merged into the weights",
@@ -376,6 +323,18 @@ def export(
         )
     tuned = load(run, workspace=workspace, device="cpu")
     contract = json.loads((tuned.run.path / CONTRACT).read_text("utf-8"))
+    if isinstance(objective, Headed):
+        check_exportable(objective, encoder=tuned.model.is_encoder)
+        export_head(
+            tuned.model,
+            objective=objective,
+            method=tuned.method,
+            template=tuned.template,
+            contract=contract,
+            source=run.path / "model",
+            out=out,
+        )
+        return out
     writers[form](tuned.model, method=tuned.method, template=tuned.template, contract=contract, out=out)
     if form == "merged" and (bits := method.stored_in) is not None:
         nats = requantised_cost(tuned.model, kind=bits, contract=contract)
@@ -383,3 +342,77 @@ def export(
             f"stored in {bits} again, the merged model's next token would differ by {nats:.3f} nats (KL divergence)"
         )
     return out
+
+
+@dataclass(frozen=True)
+class TunedSeveral:
+    """Several runs' adapters on one base, ready for use; `runs` and `templates` by the adapters' names."""
+
+    several: Several
+    runs: dict[str, Run]
+    templates: dict[str, ChatTemplate]
+
+    @contextlib.contextmanager
+    def using(self, name: str) -> Iterator[Tuned]:
+        """Inside the block, the adapter `name` as `load` gives it. NotFoundError for an unknown name."""
+        with self.several.using(name) as model:
+            yield Tuned(self.runs[name], model, self.templates[name], self.several.adapters[name].method)
+
+    def generate(self, prompt: Any, *, adapter: str, sampling: Sampling | None = None) -> str:
+        """The answer of one adapter to a prompt or to a conversation that ends with a user turn."""
+        return self.generate_many([prompt], adapter=adapter, sampling=sampling)[0]
+
+    def generate_many(self, prompts: list[Any], *, adapter: str, sampling: Sampling | None = None) -> list[str]:
+        """The answers of one adapter to several prompts, together."""
+        with self.using(adapter) as tuned:
+            return tuned.generate_many(prompts, sampling=sampling)
+
+
+def load_several(
+    runs: "Mapping[str, Run | Path | str] | Sequence[Run | Path | str]",
+    *,
+    workspace: Workspace | None = None,
+    device: str = "auto",
+) -> TunedSeveral:
+    """Load the adapters of several runs onto one base, which is in memory once.
+
+    Their names are the mapping's keys, or the runs' full names. Raises RecipeError where a run is of another base, keeps
+    none or stores it in few bits, and what `load` raises.
+    """
+    from tunesmith.combining import load_adapters, template_of_run
+
+    if not runs:
+        raise RecipeError("no run is given", hint="name the runs to load")
+    given = list(runs.values()) if isinstance(runs, Mapping) else list(runs)
+    found = [find_run(run, workspace=workspace) for run in given]
+    named = dict(zip(runs if isinstance(runs, Mapping) else [run.name for run in found], found, strict=True))
+    several = load_adapters(found, names=list(named), device=device)
+    return TunedSeveral(several, named, {n: template_of_run(r, model=several.model) for n, r in named.items()})
+
+
+def combine(
+    runs: "Sequence[Run | Path | str]",
+    *,
+    how: str,
+    weights: Sequence[float] | None = None,
+    density: float | None = None,
+    rank: int | None = None,
+    seed: int | None = None,
+    name: str = "combined",
+    rows: int | None = None,
+    workspace: Workspace | None = None,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> Run:
+    """Make one run of several LoRA runs of one base, and measure what that costs on each run's own held-out rows.
+
+    `how` is linear, ties, dare_linear or dare_ties (methods/combine.py). `weights` are an average by default, `density` (the
+    share kept by ties and dare) 0.5, `seed` (of dare) 0, `rank` the sum of the ranks for linear and the largest of them
+    otherwise. The table is in `combination.json` of the run; `rows` bounds the rows of each task. Raises RecipeError before
+    any model is loaded where runs or settings do not fit together.
+    """
+    from tunesmith.combining import combine_runs, plan_combination
+
+    workspace = workspace or find_workspace()
+    found = [find_run(run, workspace=workspace) for run in runs]
+    plan = plan_combination(found, how=how, weights=weights, density=density, rank=rank, seed=seed)
+    return combine_runs(plan, name=name, rows=rows, workspace=workspace, on_progress=on_progress)

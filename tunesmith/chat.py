@@ -28,14 +28,33 @@ def _start(tuned: Tuned, system: str | None) -> list[Message]:
 
 def answer(
     run: str, *, prompt: str, system: str | None, sampling: dict[str, Any], base: bool, workspace: Workspace
-) -> str:
-    """One answer to one prompt, by the tuned model or by its base."""
+) -> dict[str, Any]:
+    """One answer to one prompt, by the tuned model or by its base; of a run with a head, what that says of a text."""
     drawn = _sampling(sampling)
     if not prompt.strip():
         raise RecipeError("the prompt is empty", hint="tunesmith generate RUN 'your prompt'")
     tuned = load(run, workspace=workspace)
+    if base and tuned.run.recipe.objective.num_new_tokens:
+        raise RecipeError(
+            "the run has tokens that its base does not know, so the base cannot answer in its place",
+            hint="leave --base out; tunesmith evaluate compares them",
+        )
+    if tuned.run.recipe.objective.num_outputs:
+        return _read(tuned, prompt, idle={"--system": system is not None, "--base": base})
     with tuned.method.disabled(tuned.model) if base else contextlib.nullcontext():
-        return tuned.generate([*_start(tuned, system), Message("user", prompt)], sampling=drawn)
+        text = tuned.generate([*_start(tuned, system), Message("user", prompt)], sampling=drawn)
+    return {"prompt": prompt, "answer": text}
+
+
+def _read(tuned: Tuned, text: str, *, idle: dict[str, bool]) -> dict[str, Any]:
+    """What the head of a run says of a text."""
+    for option, given in idle.items():
+        if given:
+            raise RecipeError(
+                f"{option} has no effect on a run for {tuned.run.recipe.objective.kind_name}", hint="leave it out"
+            )
+    said = tuned.predict([text])
+    return {"prompt": text, "answer": said.texts()[0], "prediction": said.documents()[0]}
 
 
 def converse(run: str, *, system: str | None, sampling: dict[str, Any], workspace: Workspace) -> None:

@@ -113,9 +113,12 @@ def data_prepare(
     from tunesmith.recipe import load_recipe
     from tunesmith.runs import prepare_data
     from tunesmith.texts import ledger_text
+    from tunesmith.vocabulary import grow_tokenizer
 
-    loaded = load_recipe(recipe, overrides=overrides)
-    prepared = prepare_data(loaded, model=load_model(loaded.base), workspace=_workspace(workspace))
+    loaded, space = load_recipe(recipe, overrides=overrides), _workspace(workspace)
+    model = load_model(loaded.base)
+    growth = grow_tokenizer(loaded, model=model, workspace=space, on_message=_say)
+    prepared = prepare_data(loaded, model=model, workspace=space)
     validation = prepared.validation
     document = {
         "folder": str(prepared.folder),
@@ -128,6 +131,8 @@ def data_prepare(
         },
         "validation": {"rows": len(validation) if validation else 0},
     }
+    if growth is not None:
+        document["vocabulary"] = growth.document
     _show(document, as_json=as_json, text=lambda: ledger_text(document))
 
 
@@ -154,7 +159,10 @@ def evaluate(
     run: RunArgument,
     data: Annotated[str | None, typer.Option("--data", help="other held-out rows")] = None,
     against: Annotated[
-        list[str] | None, typer.Option("--against", help="base, few_shot (may be repeated); the recipe's by default")
+        list[str] | None,
+        typer.Option(
+            "--against", help="base, few_shot, majority, mean, median (may be repeated); the recipe's by default"
+        ),
     ] = None,
     rows: Annotated[int | None, typer.Option("--rows", help="at most this many rows")] = None,
     workspace: WorkspaceOption = None,
@@ -212,6 +220,40 @@ def compare(
 
 
 @app.command()
+def combine(
+    runs: Annotated[list[str], typer.Argument(help="two or more runs of one base")],
+    how: Annotated[str, typer.Option("--how", help="linear, ties, dare_linear or dare_ties")],
+    weights: Annotated[str | None, typer.Option("--weights", help="one a run, such as 0.5,0.5; the average")] = None,
+    density: Annotated[float | None, typer.Option("--density", help="share that ties and dare keep; 0.5")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="of the result; what `how` needs by default")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="of what dare drops; 0")] = None,
+    name: Annotated[str, typer.Option("--name", help="the new run's name")] = "combined",
+    rows: Annotated[int | None, typer.Option("--rows", min=2, help="at most this many rows of each task")] = None,
+    workspace: WorkspaceOption = None,
+    as_json: Json = False,
+) -> None:
+    """Make one run of several, and measure what it costs on each of their tasks."""
+    from tunesmith.api import combine as run_combine
+    from tunesmith.combining import parse_weights, read_combination
+    from tunesmith.texts import combination_text
+
+    run = run_combine(
+        runs,
+        how=how,
+        weights=parse_weights(weights),
+        density=density,
+        rank=rank,
+        seed=seed,
+        name=name,
+        rows=rows,
+        workspace=_workspace(workspace),
+        on_progress=_say,
+    )
+    document = read_combination(run)
+    _show(document, as_json=as_json, text=lambda: combination_text(document))
+
+
+@app.command()
 def report(run: RunArgument, workspace: WorkspaceOption = None, as_json: Json = False) -> None:
     """Write a run's report.html again."""
     from tunesmith.evaluate.report import write_report
@@ -233,13 +275,14 @@ def generate(
     workspace: WorkspaceOption = None,
     as_json: Json = False,
 ) -> None:
-    """The tuned model's answer to one prompt."""
+    """The tuned model's answer to one prompt, or what its head says of a text."""
     from tunesmith.chat import answer
+    from tunesmith.texts import prediction_text
 
     text = prompt if prompt is not None else sys.stdin.read().rstrip("\n")
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     result = answer(run, prompt=text, system=system, sampling=sampling, base=use_base, workspace=_workspace(workspace))
-    _show({"prompt": text, "answer": result}, as_json=as_json, text=lambda: result)
+    _show(result, as_json=as_json, text=lambda: prediction_text(result))
 
 
 @app.command()

@@ -9,8 +9,9 @@ import torch
 
 from tunesmith.data.contract import FILE as CONTRACT
 from tunesmith.data.template import ChatTemplate
-from tunesmith.errors import StorageError
+from tunesmith.errors import RecipeError, StorageError
 from tunesmith.methods import Method
+from tunesmith.models.extended import SAVED_BIASES, extend_alike, fold_tables, new_rows
 from tunesmith.models.load import Model, load_model
 from tunesmith.models.quantised import Quantisation, quantise
 from tunesmith.storage import new_folder
@@ -19,7 +20,8 @@ TOLERANCE = 1e-4  # of float32 logits, relative to their largest
 POSITIONS = 64  # of a probe, at its end, whose logits are compared
 
 
-def _probe_ids(contract: dict[str, Any]) -> list[list[int]]:
+def probe_ids(contract: dict[str, Any]) -> list[list[int]]:
+    """Token ids of every probe."""
     return [s["ids"] for probe in contract["probes"] for s in probe["sequences"]]
 
 
@@ -33,7 +35,7 @@ def _logits(model: Model, contract: dict[str, Any]) -> list[torch.Tensor]:
 
     found = []
     with torch.no_grad():
-        for ids in _probe_ids(contract):
+        for ids in probe_ids(contract):
             pack = build_pack([Sequence(np.array(ids, np.int32), np.zeros(len(ids), np.float32))])
             hidden_TD = model.hidden(model.attention(pack))
             found.append(head_logits(hidden_TD[-POSITIONS:], head=model.head, softcap=model.softcap))
@@ -54,7 +56,8 @@ def requantised_cost(merged: Model, *, kind: Quantisation, contract: dict[str, A
     return float((merged_PV.exp() * (merged_PV - stored_PV)).sum(-1).mean())
 
 
-def _compare(expected: list[torch.Tensor], found: list[torch.Tensor], *, out: Path) -> None:
+def compare_logits(expected: list[torch.Tensor], found: list[torch.Tensor], *, out: Path) -> None:
+    """StorageError where the written model's logits are not the run's."""
     for number, worst in enumerate(_gaps(expected, found), start=1):
         if not worst <= TOLERANCE:
             raise StorageError(
@@ -68,22 +71,26 @@ def export_merged(model: Model, *, method: Method, template: ChatTemplate, contr
     """A plain transformers model: the adapter folded into the weights it was trained against."""
     expected = _logits(model, contract)
     method.merge(model)
+    fold_tables(model)
     with new_folder(out) as new:
         model.save(new)
         _write_extras(new, template=template, contract=contract)
-        _compare(expected, _logits(load_model(str(new)), contract), out=out)
+        compare_logits(expected, _logits(load_model(str(new)), contract), out=out)
 
 
 def export_peft(model: Model, *, method: Method, template: ChatTemplate, contract: dict[str, Any], out: Path) -> None:
     """The adapter in PEFT's format, with the tokenizer and chat template it was trained with."""
+    if any(name.endswith(SAVED_BIASES) for name in new_rows(model)):
+        raise RecipeError("the head has biases, and PEFT keeps none of new tokens", hint="use --format merged")
     expected = _logits(model, contract)
     with new_folder(out) as new:
         method.save(model, folder=new)
         model.save_tokenizer(new)
         _write_extras(new, template=template, contract=contract)
         again = load_model(model.name)
+        extend_alike(again, like=model)
         copy.deepcopy(method).load(again, folder=new)
-        _compare(expected, _logits(again, contract), out=out)
+        compare_logits(expected, _logits(again, contract), out=out)
 
 
 def _write_extras(folder: Path, *, template: ChatTemplate, contract: dict[str, Any]) -> None:

@@ -7,18 +7,19 @@ from typing import Any
 
 import yaml
 
-from tunesmith.data.formats import detect_form, examine, label_mapping
+from tunesmith.data.formats import detect_form, examine
 from tunesmith.data.ledger import Problem
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources import read_rows
 from tunesmith.data.split import side
-from tunesmith.data.types import Example
+from tunesmith.data.types import Example, Label
 from tunesmith.errors import DataError, StorageError
 from tunesmith.registry.workspace import LATEST
 from tunesmith.storage import write_text
 
 SAMPLE_ROWS = 2_000
 LABEL_CHARACTERS = 40
+MOST_CLASSES = 20  # that are written as whole numbers
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # the smallest that holds rows back is taken
 YAML_WORDS = {"yes", "no", "on", "off", "y", "n", "true", "false", "null"}
 
@@ -69,9 +70,9 @@ def write_recipe(source: Path | None, *, out: Path, base: str = "starter") -> di
         patience=found.patience_lines,
         mapping=found.mapping_lines,
         limits=found.bad_lines,
-        objective="causal" if found.form == "text" else "instruction",
+        objective=found.objective,
         epochs=1 if found.form == "text" else epochs,
-        learning_rate="2e-3" if base == "starter" else "2e-4",
+        learning_rate=found.learning_rate(base),
         batch_rows=16,
         evaluate=found.evaluate_lines,
     )
@@ -86,6 +87,7 @@ class _Found:
         self.form, self.rows, self.num_bad = form, rows, 0
         self.mapping: dict[str, str] = {}
         self.answers: list[str] = []
+        self.labels: list[Label] = []
         self.share: float | None = SHARES[0]
 
     @property
@@ -115,10 +117,31 @@ class _Found:
         )
 
     @property
+    def objective(self) -> str:
+        """What fits the rows."""
+        of_kind = {
+            "text": "causal",
+            "classes": "classification",
+            "numbers": "regression",
+            "tags": "token_classification",
+        }
+        return of_kind.get(self.kind, "instruction")
+
+    def learning_rate(self, base: str) -> str:
+        """For LoRA; a head takes smaller steps beside it."""
+        if self.kind in ("classes", "numbers", "tags"):
+            return "1e-3" if base == "starter" else "2e-4"
+        return "2e-3" if base == "starter" else "2e-4"
+
+    @property
     def kind(self) -> str:
-        """`text`, `json`, `label` or `prose`."""
+        """`text`, `json`, `label`, `prose`, or what a head learns: `classes`, `numbers`, `tags`."""
         if self.form == "text":
             return "text"
+        if self.form == "tagged":
+            return "tags"
+        if self.form == "labelled":
+            return "numbers" if _are_numbers(self.labels) else "classes"
         if self.answers and all(a.lstrip().startswith(("{", "[")) for a in self.answers):
             return "json"
         short = sum(map(len, self.answers)) / max(1, len(self.answers)) <= LABEL_CHARACTERS
@@ -131,9 +154,12 @@ class _Found:
             "json": "[exact_match, json_fields, json_valid, perplexity]",
             "label": "[exact_match, token_f1, perplexity]",
             "prose": "[chrf, bleu, rouge_l, token_f1, perplexity]",
+            "classes": "[accuracy, macro_f1, log_loss, calibration_error]",
+            "numbers": "[mae, rmse, coverage, interval_width]",
+            "tags": "[entity_f1, tag_accuracy]",
         }[self.kind]
         lines = [f"  metrics: {names}   # the first decides the verdict"]
-        if self.kind != "text":
+        if self.kind in ("json", "label", "prose"):
             longest = max((len(a) for a in self.answers), default=200)
             lines.append(f"  max_tokens: {max(32, min(512, longest))}            # longest answer when evaluating")
         return "\n".join(lines) + "\n"
@@ -147,6 +173,9 @@ class _Found:
             "json": "answers in JSON",
             "label": "short answers",
             "prose": "answers in prose",
+            "classes": "a class for each text",
+            "numbers": "a number for each text",
+            "tags": "a tag for each word",
         }
         bad = f", {self.num_bad} of them unusable" if self.num_bad else ""
         more = "the first " if self.rows >= SAMPLE_ROWS else ""
@@ -163,20 +192,26 @@ def _look(source: Path) -> _Found:
     form = max(set(forms), key=forms.count)
     found = _Found(form=form, rows=len(rows))
     settings = DataSettings(train=str(source))
-    if form == "labelled":
-        found.form = "prompt_completion"
-        labelled = next(row.value for row, kind in zip(rows, forms, strict=True) if kind == form)
-        found.mapping = label_mapping(labelled)
-        settings = DataSettings(train=str(source), mapping=found.mapping)
     read = [examine(row, settings=settings) for row in rows]
     examples = [r for r in read if isinstance(r, Example)]
     if not examples:
         first = next(r for r in read if isinstance(r, Problem))
         raise first.as_error()
     found.num_bad = len(read) - len(examples) + sum(p.severity == "error" for p in problems)
+    found.labels = [e.label for e in examples if e.label is not None]
     found.answers = [e.messages[-1].content for e in examples if e.messages]
     found.share = next((share for share in SHARES if _splits(examples, share)), None)
     return found
+
+
+def _are_numbers(labels: list[Label]) -> bool:
+    """Whether labels are amounts rather than names: numbers, with a fraction or more of them than a taxonomy has."""
+    try:
+        values = {float(label) for label in labels if isinstance(label, str)}
+    except ValueError:
+        return False
+    few = len(values) <= MOST_CLASSES and all(value.is_integer() for value in values)
+    return all(isinstance(label, str) for label in labels) and not few
 
 
 def _splits(examples: list[Example], share: float) -> bool:

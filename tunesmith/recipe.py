@@ -22,6 +22,7 @@ from tunesmith.methods import METHODS, AnyMethod
 from tunesmith.methods.lora import Lora
 from tunesmith.models.base import NewBase
 from tunesmith.objectives import OBJECTIVES, AnyObjective
+from tunesmith.objectives.classification import Classification
 from tunesmith.objectives.instruction import Instruction
 from tunesmith.registry.workspace import check_recipe_name
 from tunesmith.train.settings import TrainSettings
@@ -67,6 +68,14 @@ class Recipe(BaseModel):
             for name in ("patience", "validate_every"):
                 if getattr(self.train, name) is not None:
                     raise ValueError(f"train.{name} has no effect because data.validation is null")
+            if isinstance(self.objective, Classification) and self.objective.right_share is not None:
+                raise ValueError("objective.right_share has no effect because data.validation is null")
+        per_token = "perplexity" in (self.evaluate.metrics or ()) and "base" in (self.evaluate.against or ("base",))
+        if per_token and self.objective.num_new_tokens:
+            raise ValueError(
+                "evaluate.metrics has perplexity, which is a token's, and objective.new_tokens gives the run other tokens "
+                "than its base: use bits_per_byte"
+            )
         if isinstance(self.base, NewBase) and self.method.kind != "full":
             raise ValueError(
                 f"method '{self.method.kind}' tunes a pre-trained base, and this one is new: use method: full"
@@ -275,4 +284,9 @@ def _resolved(recipe: Recipe, *, folder: Path) -> Recipe:
         base = base.model_copy(update={"config": path(base.config), "tokenizer": path(base.tokenizer)})
     elif base != "starter" and os.path.exists(os.path.join(folder, os.path.expanduser(base))):
         base = path(base)
-    return recipe.model_copy(update={"data": data.model_copy(update=update), "base": base})
+    objective = recipe.objective
+    if objective.teacher_base is not None and os.path.exists(
+        os.path.join(folder, os.path.expanduser(objective.teacher_base))
+    ):
+        objective = objective.model_copy(update={"teacher": path(objective.teacher_base)})
+    return recipe.model_copy(update={"data": data.model_copy(update=update), "base": base, "objective": objective})

@@ -18,11 +18,12 @@ from tunesmith.data.contract import write_contract
 from tunesmith.data.prepare import Prepared, code_digest, prepare
 from tunesmith.data.sources import resolve
 from tunesmith.data.template import ChatTemplate
-from tunesmith.errors import NotFoundError, RecipeError
+from tunesmith.data.types import Example
+from tunesmith.errors import DataError, NotFoundError, RecipeError, StorageError
 from tunesmith.evaluate.settings import RESOLVED
 from tunesmith.methods.base import num_trainable
-from tunesmith.models.base import NewBase, resolve_base
-from tunesmith.models.load import Model
+from tunesmith.models.base import NewBase, is_encoder, resolve_base
+from tunesmith.models.load import Model, load_model
 from tunesmith.recipe import Recipe
 from tunesmith.registry.index import Index
 from tunesmith.registry.store import Store
@@ -33,6 +34,7 @@ from tunesmith.train.memory import peak_memory_bytes
 from tunesmith.train.settings import TrainSettings
 
 STORED_BYTES = 1 << 30  # a data file up to this size is kept in the store, so its exact bytes stay at hand
+VOCABULARY = "vocabulary.json"  # what new tokens are and gain, in the folder of a run that has some
 PACKAGES = ("tunesmith", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
@@ -84,6 +86,21 @@ def device_of(settings: TrainSettings) -> str:
     return "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def teacher_of(recipe: Recipe, *, model: Model) -> Model | None:
+    """The model that the objective learns from, frozen; RecipeError where its tokens are not the base's."""
+    if recipe.objective.teacher_base is None:
+        return None
+    teacher = load_model(recipe.objective.teacher_base, device=str(model.device))
+    if teacher.tokenizer.backend.get_vocab() != model.tokenizer.backend.get_vocab():
+        raise RecipeError(
+            "objective.teacher has other tokens than the base, so their probabilities cannot be compared",
+            hint="choose a teacher and a base of one family, or tune on the teacher's answers: objective: instruction",
+        )
+    teacher.causal.requires_grad_(False)
+    teacher.causal.eval()
+    return teacher
+
+
 def template_of(model: Model, recipe: Recipe, *, run: Path | None = None) -> ChatTemplate:
     """The recipe's chat template, or the model's own; with the date of `run`, where a run goes on or is used."""
     today = None
@@ -102,6 +119,17 @@ def template_of(model: Model, recipe: Recipe, *, run: Path | None = None) -> Cha
     return ChatTemplate(model.tokenizer, today=today)
 
 
+def check_suits(recipe: Recipe) -> None:
+    """RecipeError where objective or method cannot work on the base, told from its configuration before it is loaded."""
+    encoder = is_encoder(recipe.base)
+    recipe.objective.for_model(encoder=encoder)
+    if encoder and recipe.method.num_virtual_tokens:
+        raise RecipeError(
+            f"method '{recipe.method.kind}' puts virtual tokens before every text, and this base is an encoder",
+            hint="use method: lora, full, layers or vera",
+        )
+
+
 def prepare_data(
     recipe: Recipe,
     *,
@@ -111,6 +139,7 @@ def prepare_data(
     on_rows: Callable[[int], None] = lambda rows: None,
 ) -> Prepared:
     """Read, split, render and count the recipe's rows (from the cache where nothing changed)."""
+    recipe = with_objective(recipe, recipe.objective.for_model(encoder=model.is_encoder).model_dump())
     limit = model.context_tokens - recipe.method.num_virtual_tokens
     if recipe.data.max_tokens is not None and recipe.data.max_tokens > limit:
         raise RecipeError(
@@ -126,6 +155,11 @@ def prepare_data(
         cache=workspace.cache,
         on_rows=on_rows,
     )
+
+
+def with_objective(recipe: Recipe, objective: dict[str, Any]) -> Recipe:
+    """The recipe with what the objective took from the base and the rows."""
+    return recipe.model_copy(update={"objective": type(recipe.objective).model_validate(objective)})
 
 
 def versions() -> dict[str, str]:
@@ -213,7 +247,7 @@ def write_summary(folder: Path, fit: Fit, *, stopped: str, state: str) -> None:
         "path": str(folder),
         "state": state,
         "steps": progress.step,
-        "rows": len(fit.train),
+        "rows": fit.train.num_units,
         "tokens": progress.tokens,
         "computed_tokens": progress.computed_tokens,
         "target_tokens": progress.target_tokens,
@@ -229,6 +263,8 @@ def write_summary(folder: Path, fit: Fit, *, stopped: str, state: str) -> None:
         "versions": versions(),
         "command": " ".join(["tunesmith", *sys.argv[1:]]) if Path(sys.argv[0]).name == "tunesmith" else "",
     }
+    if (folder / VOCABULARY).is_file():
+        summary["vocabulary"] = read_json(folder / VOCABULARY)
     write_json(folder / "run.json", value=summary)
 
 
@@ -237,3 +273,44 @@ def find_run(run: Run | Path | str, *, workspace: Workspace | None = None) -> Ru
     if isinstance(run, Run):
         return run
     return Run((workspace or find_workspace()).find_run(str(run)))
+
+
+def check_finished(run: Run) -> None:
+    """NotFoundError where the run has no model yet."""
+    if not run.finished:
+        state = run.summary.get("state")
+        raise NotFoundError(
+            f"the run {run.name} is {state} and has no model yet", hint="finish it: tunesmith train RECIPE --resume"
+        )
+
+
+def check_base(run: Run, model: Model) -> None:
+    """StorageError where `model` is not the base that the run was tuned from."""
+    if model.digest != run.resolved["hashes"]["base"]:
+        raise StorageError(
+            f"the base '{model.name}' is no longer the one that {run.name} was tuned from",
+            file=model.folder,
+            hint="restore the base's files: the adapter fits no other",
+        )
+
+
+def own_rows(run: Run, prepared: Prepared) -> tuple[str, list[Example]]:
+    """The rows that the run itself held out, and which they are. DataError where they changed or there are none."""
+    if prepared.files != run.resolved["hashes"]["files"]:
+        raise DataError(
+            f"the data files changed since {run.name} was trained, so its held-out rows may no longer be held out",
+            hint="put the files back, or give rows to evaluate on: --data FILE",
+        )
+    name, examples = prepared.held_out()
+    if not examples:
+        raise DataError("the run holds no rows back", hint="give rows to evaluate on: --data FILE")
+    return name, examples
+
+
+def record_combined(index: Index, folder: Path, *, model: Model, parent: str) -> None:
+    """Enter a run that was made of other runs; the index follows the first of them, resolved.json names all."""
+    kind = str(model.causal.config.model_type)
+    assert model.folder is not None
+    digest = index.record_base(model.folder, name=model.name, model_type=kind, parameters=model.num_parameters())
+    known = {run.name for run in index.runs()}
+    index.start_run(folder, datasets={}, base=digest, parent=parent if parent in known else None)

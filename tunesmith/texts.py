@@ -21,6 +21,8 @@ def ledger_text(document: dict[str, Any]) -> str:
             lines.append(f"  {state.replace('_', ' '):22} {count:>9,}" + (f"  ({reasons})" if reasons else ""))
     train = document["train"]
     lines.append(f"to train: {train['rows']:,} rows, {train['tokens']:,} tokens, {train['targets']:,} of them trained")
+    if "vocabulary" in document:
+        lines.append(_vocabulary_text(document["vocabulary"]).strip())
     lines.append(f"kept in {document['folder']}")
     return "\n".join(lines)
 
@@ -37,9 +39,18 @@ def train_text(summary: dict[str, Any]) -> str:
             f"  {summary['tokens']:,} tokens of rows, {summary['computed_tokens']:,} computed, "
             f"{summary['tokens_per_second']:,.0f} tokens/s, {_bytes(summary['peak_memory_bytes'])} at most",
             f"  {summary['trainable_parameters']:,} of {summary['parameters']:,} parameters trained ({share:.2%})",
+            *([_vocabulary_text(summary["vocabulary"])] if "vocabulary" in summary else []),
             f"next: tunesmith evaluate {summary['run']}",
         ]
     )
+
+
+def _vocabulary_text(document: dict[str, Any]) -> str:
+    """What new tokens change."""
+    before, after = document["before"], document["after"]
+    words = f"{before['tokens_per_word']:.2f} -> {after['tokens_per_word']:.2f} tokens a word"
+    size = f"{before['bytes_per_token']:.2f} -> {after['bytes_per_token']:.2f} bytes a token"
+    return f"  {document['new_tokens']:,} new tokens: {words}, {size} ({document['measured_on']} rows)"
 
 
 def evaluation_text(document: dict[str, Any]) -> str:
@@ -47,27 +58,65 @@ def evaluation_text(document: dict[str, Any]) -> str:
     systems = document["systems"]
     table = [["", *[s.replace("_", "-") for s in systems]]]
     for name, entry in document["metrics"].items():
-        cells = []
-        for system in systems:
-            value = entry["systems"][system]
-            places = max(2, decimals(value["high"] - value["low"]))
-            cells.append(f"{value['value']:.{places}f} [{value['low']:.{places}f}, {value['high']:.{places}f}]")
-        table.append([name, *cells])
+        table.append([name, *(_value_cell(entry["systems"][system]) for system in systems)])
     differences = [["", "difference", "95 % interval", "p", "better", "worse"]]
     for name, entry in document["metrics"].items():
         for pair, found in entry["differences"].items():
-            places = max(2, decimals(found["high"] - found["low"]))
-            differences.append(
-                [
-                    f"{name}: {pair}",
-                    f"{found['value']:+.{places}f}",
-                    f"{found['low']:+.{places}f} to {found['high']:+.{places}f}",
-                    p_text(found["p"]).removeprefix("p "),
-                    str(found["better_rows"]),
-                    str(found["worse_rows"]),
-                ]
-            )
+            differences.append([f"{name}: {pair}", *_difference_cells(found)])
     left = f", {document['left_out_rows']} rows did not fit" if document.get("left_out_rows") else ""
     head = f"{document['run']} on {document['rows']:,} held-out rows ({document['data']}{left})"
     parts = [head, "", aligned(table), "", aligned(differences), "", document["sentence"]]
     return "\n".join([*parts, ALSO_CHOSE] if document["data"] == "validation" else parts)
+
+
+def prediction_text(result: dict[str, Any]) -> str:
+    """An answer; of a head also how sure it is."""
+    found = result.get("prediction", {})
+    if "probabilities" in found:
+        likely = ", ".join(f"{label} {p:.2f}" for label, p in found["probabilities"].items())
+        return f"{result['answer']}   ({likely})"
+    if "low" in found:
+        return f"{result['answer']}   ({found['low']:.4g} to {found['high']:.4g})"
+    if "entities" in found:
+        words = result["prompt"].split()
+        return "\n".join(f"{kind}: {' '.join(words[a:b])}" for kind, a, b in found["entities"]) or "(nothing found)"
+    return str(result["answer"])
+
+
+def combination_text(document: dict[str, Any]) -> str:
+    """What a combination costs: a row a task, a column a system; then the combination against each task's own adapter."""
+    of = ", ".join(f"{run['run']} ({run['weight']:g})" for run in document["runs"])
+    ranks = document["ranks"]
+    rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    lost = f"rank {rank}, {document['lost_norm']:.2%} of the change's norm lost to it"
+    parts = [f"{document['run']}: {document['how']} of {of}", lost, ""]
+    if document["tasks"]:
+        table = [["task", "rows", "metric", *document["systems"]]]
+        differences = [["task", "combination - own adapter", "95 % interval", "p", "better", "worse"]]
+        for task in document["tasks"]:
+            entry = task["metrics"][task["primary"]]
+            cells = [_value_cell(entry["systems"][system]) for system in document["systems"]]
+            table.append([task["task"], f"{task['rows']:,}", task["primary"], *cells])
+            found = entry["differences"][f"combination - {task['task']}"]
+            differences.append([task["task"], *_difference_cells(found)])
+        parts += [aligned(table), "", aligned(differences), ""]
+    parts += [f"left out: {task['task']}: {task['why']}" for task in document["left_out"]]
+    return "\n".join([*parts, document["sentence"], f"next: tunesmith evaluate {document['run']}"])
+
+
+def _value_cell(value: dict[str, float]) -> str:
+    """A score and its interval."""
+    places = max(2, decimals(value["high"] - value["low"]))
+    return f"{value['value']:.{places}f} [{value['low']:.{places}f}, {value['high']:.{places}f}]"
+
+
+def _difference_cells(found: dict[str, Any]) -> list[str]:
+    """A difference, its interval, p, and on how many rows the first is better and worse."""
+    places = max(2, decimals(found["high"] - found["low"]))
+    return [
+        f"{found['value']:+.{places}f}",
+        f"{found['low']:+.{places}f} to {found['high']:+.{places}f}",
+        p_text(found["p"]).removeprefix("p "),
+        str(found["better_rows"]),
+        str(found["worse_rows"]),
+    ]

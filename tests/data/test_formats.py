@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tunesmith.data.formats import detect_form, examine, preference_defect, to_example
 from tunesmith.data.ledger import Problem
 from tunesmith.data.settings import DataSettings
+from tunesmith.data.sources import read_rows
 from tunesmith.data.types import Origin, Row
 from tunesmith.errors import DataError
 
@@ -81,6 +82,9 @@ def test_plain_text():
         ({}, "unknown"),
         (["a"], "unknown"),
         ({"messages": None}, "chat"),
+        ({"text": None, "label": "b"}, "unknown"),
+        ({"tokens": ["a"], "tags": ["b"]}, "tagged"),
+        ({"tokens": 12, "text": "a"}, "unknown"),
     ],
 )
 def test_detected_forms_that_need_more(value, form):
@@ -133,7 +137,12 @@ REFUSED = [
     ({"sentence": "a", "rating": 3}, "bad_row", "'sentence', 'rating' are no form"),
     ({}, "bad_row", "columns none"),
     (["user", "hi"], "bad_row", "the row is a list"),
-    ({"text": "a", "label": "b"}, "bad_row", "a text with a label"),
+    ({"text": "a", "label": {"b": 1}}, "bad_row", "'label' is an object; a label is a text, a number or a list"),
+    ({"text": "a", "label": [["b"]]}, "bad_row", "'label' is a list; a label is a text, a number or a list"),
+    ({"text": 3, "label": "b"}, "bad_row", "'text' is a number"),
+    ({"words": ["a", "b"], "tags": ["x"]}, "bad_row", "2 words and 1 tags; there must be a tag for each word"),
+    ({"words": ["a"], "tags": "x"}, "bad_row", "'tags' is a text; it must be a list of texts"),
+    ({"tokens": ["a", None], "ner_tags": ["x", "y"]}, "bad_row", "'tokens' is a list; it must be a list of texts"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "bad_row", "preference"),
     (chat(USER, {"role": "assistant", "content": None}), "empty_target", "message 2 (assistant) has no content"),
     (chat(USER, {"role": "assistant"}), "empty_target", "message 2 (assistant) has no content"),
@@ -143,6 +152,10 @@ REFUSED = [
     ({"prompt": "a", "completion": ""}, "empty_target", "is empty"),
     ({"instruction": "a", "output": ""}, "empty_target", "is empty"),
     ({"text": " \n"}, "empty_target", "the text is empty"),
+    ({"text": " \n", "label": "b"}, "empty_target", "the text is empty"),
+    ({"text": "a", "label": None}, "empty_target", "'label' is empty: nothing to learn"),
+    ({"text": "a", "intent": " "}, "empty_target", "'intent' is empty: nothing to learn"),
+    ({"words": [], "tags": []}, "empty_target", "'words' is empty"),
 ]
 
 
@@ -158,14 +171,58 @@ def test_refused_rows(value, kind, words):
     assert caught.value.hint
 
 
-def test_a_label_hint_is_the_mapping_to_write():
-    value = {"text": "Where is it?", "label": "tracking"}
-    with pytest.raises(DataError) as caught:
-        example(value)
-    assert "data.mapping: {prompt: text, completion: label}" in caught.value.hint
-    assert turns(example(value, mapping={"prompt": "text", "completion": "label"})) == [
-        ("user", "Where is it?"),
-        ("assistant", "tracking"),
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        ({"text": "Where is it?", "label": "tracking"}, "tracking"),
+        ({"text": "Where is it?", "topic": ["tracking", "late"]}, ("tracking", "late")),
+        ({"text": "Where is it?", "labels": [0, 2]}, ("0", "2")),
+        ({"text": "Where is it?", "labels": []}, ()),
+        ({"text": "Where is it?", "target": 3}, "3"),
+        ({"text": "Where is it?", "target": 2.5}, "2.5"),
+        ({"text": "Where is it?", "target": "2.5"}, "2.5"),
+    ],
+)
+def test_a_text_with_a_label(value, label):
+    found = example(value | {"id": 7})
+    assert (found.form, found.text, found.label, found.messages) == ("labelled", "Where is it?", label, ())
+    assert found.columns == {"id": 7}
+
+
+def test_a_label_may_be_an_answer_in_words():
+    mapping = {"prompt": "text", "completion": "label"}
+    found = example({"text": "Where is it?", "label": "tracking"}, mapping=mapping)
+    assert turns(found) == [("user", "Where is it?"), ("assistant", "tracking")]
+    assert found.label is None
+
+
+def test_words_with_tags():
+    for words, tags in (("words", "tags"), ("tokens", "ner_tags"), ("tokens", "labels")):
+        found = example({words: ["Oslo", "is"], tags: ["B-PLACE", 0], "id": 7})
+        assert (found.form, found.words, found.label) == ("tagged", ("Oslo", "is"), ("B-PLACE", "0"))
+        assert (found.text, found.messages, found.columns) == (None, (), {"id": 7})
+
+
+def test_labels_and_tags_may_stand_in_columns_of_their_own():
+    value = {"title": "Late", "body": "again", "queue": "shipping", "hours": 2}
+    found = example(value, mapping={"text": "{title}: {body}", "label": "queue"})
+    assert (found.form, found.text, found.label, found.columns) == ("labelled", "Late: again", "shipping", {"hours": 2})
+    assert example(value, mapping={"text": "body", "label": "hours"}).label == "2"
+    assert example(value, mapping={"text": "body", "label": "{queue}/{hours}"}).label == "shipping/2"
+    found = example({"w": ["a"], "t": ["b"]}, mapping={"words": "w", "tags": "t"})
+    assert (found.form, found.words, found.label) == ("tagged", ("a",), ("b",))
+    with pytest.raises(DataError, match="no column 'queue'"):
+        example({"body": "x"}, mapping={"text": "body", "label": "queue"})
+
+
+def test_numbers_of_a_csv_are_labels(tmp_path):
+    path = tmp_path / "hours.csv"
+    path.write_text('text,label\n"Printer, again",2.5\nLogin,1e1\n', "utf-8")
+    rows = read_rows(str(path), on_bad=lambda problem: pytest.fail(str(problem)))
+    settings = DataSettings(train=str(path))
+    assert [(e.text, e.label) for e in (to_example(row, settings=settings) for row in rows)] == [
+        ("Printer, again", "2.5"),
+        ("Login", "1e1"),
     ]
 
 
@@ -322,7 +379,7 @@ ROW_KEYS = (
     "instruction",
     "history",
 )
-ROW_KEYS += ("text", "label", "system", "tools", "functions", "chosen", "rejected")
+ROW_KEYS += ("words", "tags", "text", "label", "system", "tools", "functions", "chosen", "rejected")
 TURN_KEYS = (
     "role",
     "content",
@@ -351,7 +408,8 @@ def test_any_value_is_an_example_or_a_problem(value):
         assert found.severity == "error"
         return
     trained = [message for message in found.messages if message.role == "assistant" and message.weight]
-    assert (found.text or "").strip() or trained
+    assert (found.text or "").strip() or found.words or trained
+    assert (found.label is not None) == (found.form in ("labelled", "tagged"))
     assert all(message.content.strip() or "tool_calls" in message.extra for message in trained)
 
 

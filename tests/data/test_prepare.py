@@ -17,7 +17,9 @@ from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import DataError, NotFoundError, TemplateError
 from tunesmith.objectives.causal import Causal
+from tunesmith.objectives.classification import Classification
 from tunesmith.objectives.instruction import Instruction
+from tunesmith.objectives.regression import Regression
 
 END = 2  # <|end|>
 FRAME_TOKENS = 5  # begin, user, end, assistant, end around a prompt and an answer
@@ -463,3 +465,86 @@ def test_every_row_ends_in_exactly_one_state(make, tmp_path, lines, held, given_
         assert len(sequence.tokens_T) <= 80
     held_out = {e.key for e in [*prepared.examples("test"), *prepared.examples("validation")]}
     assert not held_out & {e.key for e in prepared.examples("train")}
+
+
+# ---------------------------------------------------------------------------------------------------- labelled rows
+
+
+def labelled(text: str, label: Any) -> dict[str, Any]:
+    return {"text": text, "label": label}
+
+
+def test_texts_become_sequences_with_the_number_of_their_class(make, toy_tokenizer):
+    colours = ["red", "green", "blue", "red"]
+    prepared = make([labelled(f"text {c}", c) for c in colours], objective=Classification(pooling="mean"))
+    assert prepared.objective["labels"] == ["blue", "green", "red"]
+    assert prepared.objective["several"] is False
+    for index, colour in enumerate(colours):
+        (sequence,) = prepared.train.unit(index)
+        assert toy_tokenizer.decode(sequence.tokens_T.tolist()) == f"text {colour}"
+        assert sequence.values.tolist() == [["blue", "green", "red"].index(colour)]
+        assert sequence.values.dtype == np.float32
+        assert sequence.weight_T.all()
+    examples = list(prepared.examples("train"))
+    assert [(e.form, e.text, e.label) for e in examples] == [("labelled", f"text {c}", c) for c in colours]
+
+
+def test_several_classes_and_numbers_survive_the_store(make):
+    several = [["a", "b"], [], ["b"], ["c", "a"]]
+    rows = [labelled(f"text {i}", label) for i, label in enumerate(several)]
+    prepared = make(rows, objective=Classification(pooling="last"))
+    values = [prepared.train.unit(i)[0].values.tolist() for i in range(4)]
+    assert values == [[0, 1], [-1], [1], [2, 0]]
+    assert [e.label for e in prepared.examples("train")] == [tuple(label) for label in several]
+    hours = make([labelled(f"text {i}", i) for i in (1, 3)], objective=Regression(pooling="last"))
+    assert (hours.objective["centre"], hours.objective["spread"]) == (2.0, 1.0)
+    assert [hours.train.unit(i)[0].values.tolist() for i in range(2)] == [[-1.0], [1.0]]
+
+
+def test_the_scale_is_that_of_the_training_rows_and_the_classes_those_of_all(make, tmp_path):
+    held = write(tmp_path / "held.jsonl", [labelled("held", "100")])
+    rows = [labelled("one", "1"), labelled("three", "3")]
+    numbers = make(rows, objective=Regression(pooling="last"), validation=held)
+    assert numbers.objective["centre"] == 2.0
+    assert numbers.validation.unit(0)[0].values.tolist() == [98.0]
+    assert make(rows, objective=Classification(pooling="last"), validation=held).objective["labels"] == [
+        "1",
+        "100",
+        "3",
+    ]
+
+
+def test_other_labels_are_other_data(make):
+    one = make([labelled("a", "x"), labelled("b", "y")], objective=Classification(pooling="last"))
+    assert make([labelled("a", "x"), labelled("b", "y")], objective=Classification(pooling="last")).digest == one.digest
+    assert make([labelled("a", "y"), labelled("b", "x")], objective=Classification(pooling="last")).digest != one.digest
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_text_that_is_cut_keeps_its_last_token(make, pooling):
+    rows = [labelled("x" * 50, "a"), labelled("short", "b")]
+    prepared = make(rows, objective=Classification(pooling=pooling), max_tokens=20, too_long="truncate")
+    assert states(prepared) == {"trained": 1, "truncated": 1}
+    (sequence,) = prepared.train.unit(0)
+    assert len(sequence.tokens_T) == 20
+    assert sequence.tokens_T[-1] == END
+    assert np.flatnonzero(sequence.weight_T).tolist() == ([19] if pooling == "last" else list(range(20)))
+    assert prepared.ledger["tokens_cut"] == 50 + 2 - 20
+    with pytest.raises(DataError, match="52 tokens and 20 are allowed"):
+        make(rows, objective=Classification(pooling=pooling), max_tokens=20)
+
+
+@pytest.mark.parametrize("objective", [Classification(pooling="last"), Regression(pooling="last")])
+@pytest.mark.parametrize("bad", [{"text": "plain"}, labelled("odd", ""), labelled(" ", "1")])
+def test_a_row_without_a_text_or_a_label_is_refused_by_line_or_dropped(make, objective, bad):
+    rows = [labelled("a", "1"), labelled("b", "2"), bad]
+    with pytest.raises(DataError) as caught:
+        make(rows, objective=objective)
+    assert caught.value.line == 3
+    assert states(make(rows, objective=objective, bad_rows="drop")) == {"trained": 2, "bad": 1}
+
+
+def test_the_same_text_with_two_labels_is_no_duplicate(make):
+    rows = [labelled("a", "x"), labelled("a", "y"), labelled("a", "x")]
+    prepared = make(rows, objective=Classification(pooling="last"), duplicates="drop")
+    assert states(prepared) == {"trained": 2, "duplicate": 1}

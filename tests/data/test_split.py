@@ -67,3 +67,11 @@ def test_sides_stay_what_they_are():
     """Recorded: a change here would move the rows of every user's data set."""
     sides = [side(example(f"question {number}", "a").prompt_key, shares=SHARES) for number in range(12)]
     assert sides == RECORDED
+
+
+@given(st.text(), st.text(), st.lists(st.text()), shares)
+def test_a_text_stands_on_one_side_whatever_its_label(text, label, several, shares):
+    labels = (label, tuple(several), "3.5")
+    rows = [Example(Origin("a", 1), "labelled", text=text, label=label) for label in labels]
+    assert len({side(row.prompt_key, shares=shares) for row in rows}) == 1
+    assert len({row.key for row in rows}) == len(set(labels))

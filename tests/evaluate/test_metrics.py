@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
+from tunesmith.data.answers import Classes, Numbers, Tags
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluate.metrics import METRICS, find_metric, last_number, leaves, normalise
 
@@ -204,12 +205,170 @@ def test_what_cannot_be_scored_is_refused(name, predictions, references, message
     assert name in caught.value.message
 
 
+# ---- classes and numbers ---------------------------------------------------------------------------------------------
+
+CLASS_METRICS = [name for name, metric in METRICS.items() if metric.reads == "classes"]
+NUMBER_METRICS = [name for name, metric in METRICS.items() if metric.reads == "numbers"]
+
+
+def classes(probabilities, *, decided, labels=("a/x", "a/y", "b"), several=False, hierarchy="/"):
+    """What a head says: probabilities, and for each row the numbers of the classes that it answers."""
+    decided_BK = np.zeros((len(decided), len(labels)), bool)
+    for row, numbers in enumerate(decided):
+        decided_BK[row, list(numbers)] = True
+    return Classes(labels, np.array(probabilities).reshape(-1, len(labels)), decided_BK, several, hierarchy)
+
+
+def truth_of(rows, num_classes=3):
+    return np.array([[k in row for k in range(num_classes)] for row in rows], bool).reshape(-1, num_classes)
+
+
+def scored(name, predicted, truth):
+    metric = METRICS[name]
+    rows = metric.score_rows(predicted=predicted, truth=truth)
+    assert rows.dtype == np.float64
+    assert not metric.right_or_wrong or set(rows.tolist()) <= {0.0, 1.0}
+    return metric.aggregate(rows)
+
+
+# Four rows, of which one is wrong within its top level, one wrong altogether and one without an answer.
+FOUR = classes([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.5, 0.1, 0.4], [0.4, 0.3, 0.3]], decided=[{0}, {0}, {0}, set()])
+FOUR_TRUE = [{0}, {1}, {2}, {0}]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("accuracy", 1 / 4),
+        ("top_accuracy", 2 / 4),
+        ("macro_f1", (2 * 1 / (3 + 2) + 0 + 0) / 3),
+        ("micro_f1", 2 * 1 / (3 + 4)),
+        ("log_loss", -(math.log(0.7) + math.log(0.3) + math.log(0.4) + math.log(0.4)) / 4),
+        # the bins are [0.4, 0.5): one, right; [0.5, 0.6): one, wrong; [0.6, 0.7): one, wrong; [0.7, 0.8): one, right
+        ("calibration_error", ((1 - 0.4) + 0.5 + 0.6 + (1 - 0.7)) / 4),
+        ("answered", 3 / 4),
+        ("answered_accuracy", 1 / 3),
+    ],
+)
+def test_classes_by_hand(name, expected):
+    assert scored(name, FOUR, truth_of(FOUR_TRUE)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_several_classes_by_hand():
+    predicted = classes(
+        [[0.9, 0.6, 0.2], [0.1, 0.2, 0.3]],
+        decided=[{0, 1}, set()],
+        labels=("a", "b", "c"),
+        several=True,
+        hierarchy=None,
+    )
+    truth = truth_of([{0, 2}, set()])
+    expected = -(math.log(0.9) + math.log(0.4) + math.log(0.2) + math.log(0.9) + math.log(0.8) + math.log(0.7)) / 6
+    assert scored("log_loss", predicted, truth) == pytest.approx(expected)
+    assert scored("accuracy", predicted, truth) == 1 / 2
+    assert scored("micro_f1", predicted, truth) == pytest.approx(2 * 1 / (2 + 2))
+    assert scored("macro_f1", predicted, truth) == pytest.approx((1 + 0) / 2)  # a and c occur
+    assert scored("top_accuracy", predicted, truth) == 1 / 2
+
+
+def test_a_class_that_is_not_known_is_never_right():
+    """A row whose label no training row had: nothing is true of it."""
+    predicted, truth = classes([[0.8, 0.1, 0.1]], decided=[{0}]), truth_of([set()])
+    assert scored("accuracy", predicted, truth) == scored("answered_accuracy", predicted, truth) == 0
+    assert scored("log_loss", predicted, truth) == pytest.approx(-math.log(1e-12))
+
+
+def test_a_probability_of_zero_is_no_infinite_loss():
+    assert scored("log_loss", classes([[1.0, 0.0, 0.0]], decided=[{0}]), truth_of([{1}])) == pytest.approx(
+        12 * math.log(10)
+    )
+
+
+def test_all_right_and_sure():
+    predicted = classes([[1, 0, 0], [0, 1, 0], [0, 0, 1]], decided=[{0}, {1}, {2}])
+    best = {name: 0.0 if name in ("log_loss", "calibration_error") else 1.0 for name in CLASS_METRICS}
+    found = {name: scored(name, predicted, truth_of([{0}, {1}, {2}])) for name in CLASS_METRICS}
+    assert found == pytest.approx(best, abs=1e-12)
+
+
+def naive_scores(rows):
+    """The textbook's definitions, one row at a time; `rows` are (probabilities, answers, truths)."""
+    counts = [
+        [sum(k in r[1] and k in r[2] for r in rows), *(sum(k in r[i] for r in rows) for i in (1, 2))] for k in range(3)
+    ]
+
+    def f1(both, answered, true):
+        precision, recall = (both / n if n else 0.0 for n in (answered, true))
+        return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+    bins = {}
+    for p, _, truths in rows:
+        best = p.index(max(p))
+        bins.setdefault(min(int(max(p) * 10), 9), []).append((max(p), best in truths))
+    gap = sum(abs(sum(right for _, right in b) - sum(sure for sure, _ in b)) for b in bins.values())
+    answered = [r for r in rows if r[1]]
+    present = [c for c in counts if c[2]]
+    return {
+        "accuracy": sum(r[1] == r[2] for r in rows) / len(rows),
+        "macro_f1": sum(f1(*c) for c in present) / max(1, len(present)),
+        "micro_f1": f1(*(sum(c[i] for c in counts) for i in range(3))),
+        "calibration_error": gap / len(rows),
+        "answered": len(answered) / len(rows),
+        "answered_accuracy": sum(r[1] == r[2] for r in answered) / max(1, len(answered)),
+    }
+
+
+some_classes = st.sets(st.integers(0, 2))
+chances = st.lists(st.floats(0, 1), min_size=3, max_size=3)
+
+
+@given(st.lists(st.tuples(chances, some_classes, some_classes), min_size=1, max_size=12))
+@settings(max_examples=100, deadline=None)
+def test_classes_equal_the_textbook_and_stay_in_bounds(rows):
+    predicted = classes([r[0] for r in rows], decided=[r[1] for r in rows], several=True)
+    truth = truth_of([r[2] for r in rows])
+    found = {name: scored(name, predicted, truth) for name in CLASS_METRICS}
+    naive = naive_scores(rows)
+    assert {name: found[name] for name in naive} == pytest.approx(naive, abs=1e-9)
+    for name, value in found.items():
+        low, high = METRICS[name].aggregate.bounds or (0.0, 12 * math.log(10) + 1e-9)
+        assert low - 1e-12 <= value <= high + 1e-12
+
+
+def test_numbers_by_hand():
+    predicted = Numbers(np.array([1.0, 4.0]), np.array([0.0, 3.0]), np.array([2.0, 6.0]), coverage=0.9)
+    truth = np.array([2.0, 1.0])  # the first on its interval's border, the second below it
+    expected = {"mae": 2.0, "rmse": math.sqrt(5), "coverage": 0.5, "interval_width": 2.5}
+    assert set(expected) == set(NUMBER_METRICS)
+    for name, value in expected.items():
+        assert scored(name, predicted, truth) == pytest.approx(value)
+    rows = METRICS["rmse"].score_rows(predicted=predicted, truth=truth)
+    np.testing.assert_allclose(METRICS["rmse"].row_values(rows), [1, 3])
+
+
+def test_tags_by_hand():
+    """Of 5 words 3 have the right tag; of 2 true entities and 2 answered ones 1 is the same."""
+    predicted, truth = Tags((("B-X", "I-X", "O"), ("B-X", "O"))), [("B-X", "I-X", "O"), ("B-Y", "I-Y")]
+    words = METRICS["tag_accuracy"].score_rows(predicted=predicted, truth=truth)
+    assert METRICS["tag_accuracy"].aggregate(words) == pytest.approx(3 / 5)
+    found = METRICS["entity_f1"].score_rows(predicted=predicted, truth=truth)
+    assert found.tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert METRICS["entity_f1"].aggregate(found) == pytest.approx(2 * 1 / (2 + 2))
+
+
 @pytest.mark.parametrize("name", list(METRICS))
 def test_no_rows(name):
     metric = METRICS[name]
-    context = {"negative_log_likelihood": [], "tokens": []} if metric.reads == "likelihood" else {}
+    none = np.zeros(0)
+    contexts = {
+        "text": {},
+        "likelihood": {"negative_log_likelihood": [], "tokens": []},
+        "classes": {"predicted": classes([], decided=[]), "truth": np.zeros((0, 3), bool)},
+        "numbers": {"predicted": Numbers(none, none, none, coverage=0.9), "truth": none},
+        "tags": {"predicted": Tags(()), "truth": []},
+    }
     with pytest.raises(DataError, match="no rows"):
-        metric.aggregate(metric.score_rows(**context))
+        metric.aggregate(metric.score_rows(**contexts[metric.reads]))
 
 
 def test_unknown_metric_names_the_nearest():

@@ -371,7 +371,9 @@ def test_verdict_of_too_few_rows_and_of_identical_answers():
     assert sentence.endswith("the two scored the same on every row")
 
 
-@pytest.mark.parametrize(("width", "places"), [(0.14, 2), (0.0083, 4), (1.3, 1), (14, 0), (130, 0), (0, 2), (1e-12, 6)])
+@pytest.mark.parametrize(
+    ("width", "places"), [(0.14, 2), (0.0083, 4), (1.3, 1), (14, 0), (130, 0), (0, 2), (1e-8, 6), (1e-12, 2)]
+)
 def test_decimals(width, places):
     assert decimals(width) == places
 

@@ -84,6 +84,19 @@ def test_dropout_is_off_in_every_architecture(architecture: str, build_model: Bu
     assert all(m.p == 0 for m in model.causal.modules() if isinstance(m, torch.nn.Dropout))
 
 
+def test_dropout_that_the_configuration_leaves_to_a_default_is_off_too(build_model: BuildModel, tmp_path: Path) -> None:
+    """GPT-2's dropouts are 0.1 where config.json says nothing of them."""
+    build_model("gpt2", dtype=torch.float32).save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    left_out = {name: value for name, value in config.items() if not name.endswith(("pdrop", "dropout"))}
+    (tmp_path / "config.json").write_text(json.dumps(left_out), "utf-8")
+    new = load_model(NewBase(config=str(tmp_path / "config.json"), tokenizer=str(tmp_path)))
+    for model in (load_model(str(tmp_path)), new):
+        dropouts = [module.p for module in model.causal.modules() if isinstance(module, torch.nn.Dropout)]
+        assert dropouts
+        assert not any(dropouts)
+
+
 def test_the_digest_follows_every_byte(copied: Path) -> None:
     digests = {load_model(str(copied)).digest}
     change_config(copied, max_position_embeddings=64)
@@ -151,10 +164,11 @@ def test_pickled_weights_are_refused_and_never_opened(copied: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "'mamba' is not supported; supported are gemma2"),
+        ({"model_type": "mamba"}, "'mamba' is not supported; supported are bert, distilbert, electra, gemma2"),
         ({"model_type": None}, "not supported"),
         ({"model_type": ["llama"]}, "not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+        ({"model_type": "bert", "is_decoder": True}, "made a decoder"),
     ],
 )
 def test_configurations_that_no_rule_covers_are_refused(copied: Path, changes: dict[str, Any], message: str) -> None:

@@ -24,7 +24,9 @@ PROBES = (
 def write_contract(folder: Path, *, template: ChatTemplate, examples: list[Example]) -> None:
     """Save the template, the stop tokens, and ids and weights of fixed probes and of a few of the run's own rows."""
     probes = [Example(Origin("probe", i + 1), "chat", m) for i, m in enumerate(PROBES) if _renders(template, m)]
-    probes += [e for e in examples if e.messages][:4]
+    probes += [e for e in examples if e.messages and _renders(template, e.messages)][
+        :4
+    ]  # no base of a head need answer
     document = {
         "tokenizer": template.tokenizer.digest,
         "template": template.source,

@@ -1,7 +1,8 @@
 """What form a row has, and what it means: Row -> Example.
 
 Forms: `chat` (the hosted format: `messages`, with tools and weights), `prompt_completion` (also prompt/response,
-input/output, question/answer), `alpaca` (instruction, input, output), `sharegpt` (`conversations`) and `text`.
+input/output, question/answer), `alpaca` (instruction, input, output), `sharegpt` (`conversations`), `text`, `labelled`
+(a text and its class, classes or number) and `tagged` (words and a tag for each).
 Nothing is guessed: a row whose meaning is not certain is refused, with the mapping that would make it certain.
 """
 
@@ -13,9 +14,11 @@ from typing import Any
 from tunesmith.data.ledger import Problem
 from tunesmith.data.settings import PLACEHOLDER, DataSettings
 from tunesmith.data.sources import json_type
-from tunesmith.data.types import Example, Message, Row
+from tunesmith.data.types import Example, Label, Message, Row
 
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("input", "output"), ("question", "answer"))
+WORD_COLUMNS = ("words", "tokens")
+TAG_COLUMNS = ("tags", "ner_tags", "pos_tags", "labels")
 ALPACA_ANSWERS = ("output", "response")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "intent", "target", "topic", "sentiment")
 # Columns beside `text` that say where a text is from, and not what is to be learned from it.
@@ -49,20 +52,24 @@ class _Reading:
     messages: list[Message] = field(default_factory=list)
     text: str | None = None
     tools: tuple[dict[str, Any], ...] = ()
+    words: tuple[str, ...] = ()
+    label: Label | None = None
 
 
 def detect_form(value: Any) -> str:
     """The form of a row's value, from its columns.
 
-    One of `chat`, `prompt_completion`, `alpaca`, `sharegpt`, `text`; or a form that needs something first:
-    `labelled` (a text and a label: needs a mapping), `preference` (needs a preference objective), `unknown` (needs a
-    mapping, or `form: text` where there is a text among columns of unknown use).
+    One of `chat`, `prompt_completion`, `alpaca`, `sharegpt`, `text`, `labelled`, `tagged`; or a form that needs something
+    first: `preference` (needs a preference objective), `unknown` (needs a mapping, or `form: text` where there is a text
+    among columns of unknown use).
     """
     if not isinstance(value, dict):
         return "unknown"
     filled = {column for column, content in value.items() if content is not None}
     if "text" in filled and any(column in value for column in LABEL_COLUMNS):
         return "labelled"
+    if any(isinstance(value.get(column), list) for column in WORD_COLUMNS) and filled.intersection(TAG_COLUMNS):
+        return "tagged"
     return _form_of(filled) or _form_of(set(value)) or "unknown"
 
 
@@ -81,7 +88,7 @@ def _form_of(columns: set[str]) -> str | None:
 
 
 def label_mapping(value: dict[str, Any]) -> dict[str, str]:
-    """The mapping that makes prompt and completion of a `labelled` row."""
+    """The mapping that makes prompt and completion of a `labelled` row, for an answer in words."""
     column = next(column for column in LABEL_COLUMNS if column in value)
     return {"prompt": "text", "completion": column if isinstance(value[column], str) else f"{{{column}}}"}
 
@@ -98,7 +105,9 @@ def examine(row: Row, *, settings: DataSettings) -> Example | Problem:
     """As `to_example`, but the defect of a row is a value: a Problem of kind `bad_row` or `empty_target`."""
     try:
         reading = _read(row.value, settings=settings)
-        if reading.text is None:
+        if reading.words:
+            _check_tags(reading)
+        elif reading.text is None:
             _check_conversation(reading.messages)
             if settings.system is not None and reading.messages[0].role != "system":
                 reading.messages.insert(0, Message("system", settings.system))
@@ -114,6 +123,8 @@ def examine(row: Row, *, settings: DataSettings) -> Example | Problem:
         messages=tuple(reading.messages),
         text=reading.text,
         tools=reading.tools,
+        words=reading.words,
+        label=reading.label,
         columns={column: content for column, content in row.value.items() if column not in reading.used},
     )
 
@@ -127,10 +138,6 @@ def _read(value: Any, *, settings: DataSettings) -> _Reading:
     if form in READERS:
         return READERS[form](value)
     columns = ", ".join(map(repr, value)) or "none"
-    if form == "labelled":
-        mapping = label_mapping(value)
-        hint = f"write data.mapping: {{prompt: text, completion: {mapping['completion']}}} (or data.form: text)"
-        raise _RowError(f"a text with a label (columns {columns}): what is to be learned is not certain", hint=hint)
     if form == "preference":
         imitate = "to imitate the chosen answers, write data.mapping: {prompt: prompt, completion: chosen}"
         raise _RowError(
@@ -204,12 +211,40 @@ def _read_text(value: dict[str, Any]) -> _Reading:
     return _Reading("text", {"text"}, text=_text(value, column="text"))
 
 
+def _read_labelled(value: dict[str, Any]) -> _Reading:
+    column = next((column for column in LABEL_COLUMNS if column in value), LABEL_COLUMNS[0])
+    return _Reading("labelled", {"text", column}, text=_text(value, column="text"), label=_label(value, column=column))
+
+
+def _read_tagged(value: dict[str, Any]) -> _Reading:
+    words, tags = (next((c for c in names if c in value), names[0]) for names in (WORD_COLUMNS, TAG_COLUMNS))
+    return _tagged(value, words=words, tags=tags)
+
+
+def _tagged(value: dict[str, Any], *, words: str, tags: str) -> _Reading:
+    found = [_column(value, column=column) for column in (words, tags)]
+    for column, content in zip((words, tags), found, strict=True):
+        if not isinstance(content, list) or not all(isinstance(item, str | int) for item in content):
+            raise _RowError(f"the column {column!r} is {json_type(content)}; it must be a list of texts")
+    if not found[0]:
+        raise _RowError(f"the column {words!r} is empty", kind="empty_target")
+    return _Reading("tagged", {words, tags}, words=tuple(map(str, found[0])), label=tuple(map(str, found[1])))
+
+
+def _check_tags(reading: _Reading) -> None:
+    assert isinstance(reading.label, tuple)
+    if len(reading.words) != len(reading.label):
+        raise _RowError(f"{len(reading.words)} words and {len(reading.label)} tags; there must be a tag for each word")
+
+
 READERS: dict[str, Callable[[dict[str, Any]], _Reading]] = {
     "chat": _read_chat,
     "sharegpt": _read_sharegpt,
     "prompt_completion": _read_prompt_completion,
     "alpaca": _read_alpaca,
     "text": _read_text,
+    "labelled": _read_labelled,
+    "tagged": _read_tagged,
 }
 
 
@@ -220,7 +255,11 @@ def _read_mapped(value: dict[str, Any], *, mapping: dict[str, str]) -> _Reading:
         reading = _conversation(value, form="chat", column=mapping["messages"])
         reading.used |= used
         return reading
-    filled = {key: _fill(text, value=value) for key, text in mapping.items() if key != "system"}
+    if "words" in mapping:
+        return _tagged(value, words=mapping["words"], tags=mapping["tags"])
+    filled = {key: _fill(text, value=value) for key, text in mapping.items() if key not in ("system", "label")}
+    if "label" in mapping:
+        return _Reading("labelled", used, text=filled["text"], label=_label(value, column=mapping["label"]))
     if "text" in filled:
         return _Reading("text", used, text=filled["text"])
     messages = [Message("user", filled["prompt"]), Message("assistant", filled["completion"])]
@@ -258,6 +297,22 @@ def _text(value: dict[str, Any], *, column: str) -> str:
         return content
     hint = f"to write it as text, map it with a pattern: '{{{column}}}'" if isinstance(content, (int, float)) else ""
     raise _RowError(f"the column {column!r} is {json_type(content)}; it must be a text", hint=hint)
+
+
+def _label(value: dict[str, Any], *, column: str) -> Label:
+    """A class, several, or a number: a column, or a pattern that makes a class."""
+    if PLACEHOLDER.search(column):
+        return _fill(column, value=value)
+    content = _column(value, column=column)
+    if content is None or (isinstance(content, str) and not content.strip()):
+        raise _RowError(f"the column {column!r} is empty: nothing to learn", kind="empty_target")
+    if isinstance(content, list) and all(isinstance(item, str | int) for item in content):
+        return tuple(str(item) for item in content)
+    if isinstance(content, (list, dict)):
+        raise _RowError(
+            f"the column {column!r} is {json_type(content)}; a label is a text, a number or a list of texts"
+        )
+    return content if isinstance(content, str) else json.dumps(content)
 
 
 def _answer(value: dict[str, Any], *, column: str) -> str:

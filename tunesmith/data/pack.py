@@ -39,6 +39,7 @@ class Pack:
 
     tokens_T, position_T, end_T int64. For each target: `source_N` is the token whose hidden state predicts it,
     `target_N` the token id predicted, `weight_N` float32, `sequence_N` the index of the sequence it belongs to.
+    Of a sequence with values the token itself is the source, and `target_N` its own id; `values_S` are the values.
     `rows_S` numbers the rows the sequences came from; `num_row_tokens` is the sum of the sequences' own lengths.
     `places_T` are the sequences' places, where they have them.
     """
@@ -52,6 +53,7 @@ class Pack:
     sequence_N: np.ndarray
     rows_S: np.ndarray
     num_row_tokens: int
+    values_S: tuple[np.ndarray | None, ...] = ()
     places_T: np.ndarray | None = None
 
     def below(self, num_tokens: int) -> "Pack":
@@ -114,7 +116,7 @@ class _Path(NamedTuple):
 class _Builder:
     """Lays out sorted sequences depth first. `shared[i]` is what sorted sequence i shares with the one before it."""
 
-    def __init__(self, sequences: list[Sequence], min_shared: int):
+    def __init__(self, sequences: list[Sequence], min_shared: int, *, merge_same: bool = False):
         self.sequences, self.min_shared = sequences, min_shared
         self.tokens: list[np.ndarray] = []
         self.places: list[np.ndarray] = []
@@ -123,6 +125,8 @@ class _Builder:
         self.num_tokens = 0
         self.paths: list[_Path | None] = [None] * len(sequences)
         self.shared = [0] + [shared_length(a.tokens_T, b.tokens_T) for a, b in pairwise(sequences)]
+        pairs = zip(self.shared[1:], pairwise(sequences), strict=True)
+        self.same = [False] + [merge_same and n == len(a.tokens_T) == len(b.tokens_T) for n, (a, b) in pairs]
         self.todo: list[Callable[[], None]] = []  # a stack instead of recursion: trees may be deep
 
     def build(self) -> None:
@@ -132,8 +136,9 @@ class _Builder:
             self.todo.pop()()
 
     def group(self, first: int, last: int, depth: int, path: _Path | None) -> None:
-        """Sequences [first, last) have `path` in common; those that share `min_shared` further tokens form a node."""
-        borders = [i for i in range(first + 1, last) if self.shared[i] < depth + self.min_shared]
+        """Sequences [first, last) have `path` in common; `min_shared` further ones, or all, make a node."""
+        least = depth + self.min_shared
+        borders = [i for i in range(first + 1, last) if self.shared[i] < least and not self.same[i]]
         for a, b in reversed(list(zip([first, *borders], [*borders, last], strict=True))):
             if a < b:
                 self.todo.append(partial(self.node, a, b, depth, path))
@@ -160,11 +165,14 @@ class _Builder:
         end[:] = self.num_tokens
 
 
-def build_pack(sequences: list[Sequence], *, min_shared: int = MIN_SHARED_TOKENS) -> Pack:
-    """Lay sequences out as a prefix forest. Prefixes of fewer than `min_shared` common tokens are not shared."""
+def build_pack(sequences: list[Sequence], *, min_shared: int = MIN_SHARED_TOKENS, merge_same: bool = False) -> Pack:
+    """Lay sequences out as a prefix forest. Prefixes of fewer than `min_shared` common tokens are not shared.
+
+    `merge_same`: sequences that are the same from end to end are one all the same.
+    """
     order = _sorted(sequences)
     ordered = [sequences[i] for i in order]
-    builder = _Builder(ordered, min_shared)
+    builder = _Builder(ordered, min_shared, merge_same=merge_same)
     builder.build()
     sources, targets, weights, owners = [], [], [], []
     for index, (sequence, path) in enumerate(zip(ordered, builder.paths, strict=True)):
@@ -172,8 +180,9 @@ def build_pack(sequences: list[Sequence], *, min_shared: int = MIN_SHARED_TOKENS
         packed_T = path.indices()
         trained = np.flatnonzero(sequence.weight_T)
         assert len(packed_T) == len(sequence.tokens_T)
-        assert not len(trained) or trained[0] > 0, "nothing stands before the first token, so it cannot be predicted"
-        sources.append(packed_T[trained - 1])
+        read = sequence.values is not None
+        assert read or not len(trained) or trained[0] > 0, "nothing stands before the first token to predict it from"
+        sources.append(packed_T[trained if read else trained - 1])
         targets.append(sequence.tokens_T[trained])
         weights.append(sequence.weight_T[trained])
         owners.append(np.full(len(trained), index))
@@ -191,6 +200,7 @@ def build_pack(sequences: list[Sequence], *, min_shared: int = MIN_SHARED_TOKENS
         sequence_N=joined(owners, np.int64),
         rows_S=np.array([s.row for s in ordered], dtype=np.int64),
         num_row_tokens=sum(len(s.tokens_T) for s in sequences),
+        values_S=tuple(s.values for s in ordered),
         places_T=joined(builder.places, np.int64) if builder.places else None,
     )
 
@@ -236,6 +246,23 @@ def build_packs(sequences: list[Sequence], *, max_tokens: int, min_shared: int =
         group.append(sequence)
     if group:
         yield from _within(group, max_tokens, min_shared)
+
+
+def build_unit_packs(
+    units: list[list[Sequence]], *, max_tokens: int, min_shared: int = MIN_SHARED_TOKENS
+) -> Iterator[Pack]:
+    """As `build_packs`, but the sequences of a unit stay in one pack; those that are the same are counted once."""
+    group: list[Sequence] = []
+    lengths: dict[bytes, int] = {}
+    for unit in sorted(units, key=lambda unit: [s.tokens_T.astype(">i4").tobytes() for s in unit]):
+        own = {s.tokens_T.tobytes(): len(s.tokens_T) for s in unit}
+        if group and sum((lengths | own).values()) > max_tokens:
+            yield build_pack(group, min_shared=min_shared, merge_same=True)
+            group, lengths = [], {}
+        group += unit
+        lengths |= own
+    if group:
+        yield build_pack(group, min_shared=min_shared, merge_same=True)
 
 
 def _within(group: list[Sequence], max_tokens: int, min_shared: int) -> Iterator[Pack]:

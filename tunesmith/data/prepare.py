@@ -10,7 +10,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
+
+import numpy as np
 
 from tunesmith.data.formats import examine
 from tunesmith.data.ledger import Ledger, Problem
@@ -18,7 +20,7 @@ from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources import read_rows, resolve
 from tunesmith.data.split import side
 from tunesmith.data.template import ChatTemplate
-from tunesmith.data.tokens import TokenStore, TokenWriter
+from tunesmith.data.tokens import TokenStore, TokenWriter, write_groups
 from tunesmith.data.types import Example, Message, Origin, Sequence
 from tunesmith.errors import DataError, TemplateError
 from tunesmith.storage import new_folder, sha256_file
@@ -33,11 +35,20 @@ class Trains(Protocol):
     def sequences(self, examples: list[Example], *, template: ChatTemplate, max_tokens: int) -> list[list[Sequence]]:
         """For each example, what is read and trained."""
 
+    def groups(self, values: Iterable[np.ndarray]) -> np.ndarray | None:
+        """Rows that are learned from together."""
+
+    def cut(self, sequence: Sequence, *, num_tokens: int) -> Sequence:
+        """The beginning of a sequence."""
+
     def units(self, sequences: list[Sequence]) -> list[list[Sequence]]:
         """What is shuffled as one row."""
 
-    def model_dump(self) -> dict[str, Any]:
+    def model_dump(self, *, mode: str = "python") -> dict[str, Any]:
         """The objective's settings."""
+
+    def fitted(self, examples: Iterable[tuple[Example, bool]]) -> Self:
+        """With what it takes from the rows; each comes with whether it is trained on."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +70,20 @@ class Prepared:
         return store if len(store) else None
 
     @property
+    def validation_rows(self) -> TokenStore | None:
+        """The rows behind `validation`, each alone."""
+        store = TokenStore(self.folder / "validation", grouped=False)
+        return store if len(store) else None
+
+    @property
     def ledger(self) -> dict[str, Any]:
         """What became of every row."""
         return json.loads((self.folder / "ledger.json").read_text("utf-8"))
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """The objective's settings, with what it took from the rows."""
+        return json.loads((self.folder / "objective.json").read_text("utf-8"))
 
     @property
     def files(self) -> dict[str, list[str]]:
@@ -85,13 +107,17 @@ class Prepared:
 
 def _to_json(example: Example) -> str:
     messages = [[m.role, m.content, m.weight, m.extra] for m in example.messages]
-    value = [list(example.origin), example.form, messages, example.text, list(example.tools)]
+    value: list[Any] = [list(example.origin), example.form, messages, example.text, list(example.tools)]
+    if example.label is not None:
+        value += [example.words, example.label]
     return json.dumps(value, ensure_ascii=True, default=str)
 
 
 def _from_json(value: list[Any]) -> Example:
-    origin, form, messages, text, tools = value
-    return Example(Origin(*origin), form, tuple(Message(*m) for m in messages), text, tuple(tools))
+    origin, form, messages, text, tools, *labelled = value
+    words, label = labelled or ((), None)
+    label = tuple(label) if isinstance(label, list) else label
+    return Example(Origin(*origin), form, tuple(Message(*m) for m in messages), text, tuple(tools), tuple(words), label)
 
 
 def code_digest() -> str:
@@ -122,7 +148,7 @@ def prepare(
     what = {
         "files": files,
         "settings": settings.model_dump(mode="json"),
-        "objective": objective.model_dump(),
+        "objective": objective.model_dump(mode="json"),
         "template": template.identity,
         "tokenizer": template.tokenizer.digest,
         "max_tokens": max_tokens,
@@ -170,6 +196,8 @@ class _Preparation:
     longest: tuple[int, Origin] | None = None
 
     def run(self) -> None:
+        self.objective = self.objective.fitted(self._usable())
+        (self.folder / "objective.json").write_text(json.dumps(self.objective.model_dump(mode="json")), "utf-8")
         sides = ("train", "validation", "test")
         writers = {name: TokenWriter(self.folder / name) for name in sides if name != "test"}
         texts = {name: (self.folder / f"{name}.jsonl").open("w", encoding="utf-8") for name in sides}
@@ -189,8 +217,34 @@ class _Preparation:
             for writer in writers.values():
                 writer.close()
         self._settle(writers)
+        for name in writers:
+            self._group(TokenStore(self.folder / name), needed=name == "train")
         self.ledger.assert_complete(self.num_rows)
         (self.folder / "ledger.json").write_text(json.dumps(self.ledger.as_dict(), indent=1), "utf-8")
+
+    def _group(self, store: TokenStore, *, needed: bool) -> None:
+        """Rows that are learned from together become the store's units, where the objective wants it."""
+        values = (s.values for unit in range(len(store)) for s in store.unit(unit) if s.values is not None)
+        groups = self.objective.groups(values)
+        if groups is None:
+            return
+        if needed and not len(groups):
+            raise DataError(
+                "there are no rows to learn from together: two classes are needed, and one with two rows",
+                file=self.settings.train_paths[0],
+                hint="give more rows, or hold out fewer",
+            )
+        write_groups(store.folder, groups=groups)
+
+    def _usable(self) -> Iterator[tuple[Example, bool]]:
+        """All rows that can be read, and whether each is on the side of training."""
+        for name, sources in _sources(self.settings).items():
+            shares = self.settings.shares if name == "train" else {}
+            for source in sources:
+                for row in read_rows(source, on_bad=lambda problem: None):
+                    example = examine(row, settings=self.settings)
+                    if not isinstance(example, Problem):
+                        yield example, name == "train" and side(example.prompt_key, shares=shares) == "train"
 
     def _examples(self, sources: list[str]) -> Iterator[Example]:
         for source in sources:
@@ -283,7 +337,7 @@ class _Preparation:
             if self.longest is None or over + self.max_tokens > self.longest[0]:
                 self.longest = (over + self.max_tokens, example.origin)
             return None
-        short = [Sequence(s.tokens_T[: self.max_tokens], s.weight_T[: self.max_tokens]) for s in sequences]
+        short = [self.objective.cut(s, num_tokens=self.max_tokens) for s in sequences]
         kept = [s for s in short if s.num_targets]
         if not kept:
             self.ledger.record(example.origin, state="dropped", reason="nothing left to train after truncation")

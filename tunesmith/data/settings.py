@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Form = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text"]
-MAPPING_KEYS = ("prompt", "completion", "system", "text", "messages")
+Form = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text", "labelled", "tagged"]
+MAPPING_KEYS = ("prompt", "completion", "system", "text", "label", "words", "tags", "messages")
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 
@@ -30,7 +30,8 @@ class DataSettings(BaseModel):
     mapping: dict[str, str] = Field(
         default_factory=dict,
         description="Which column is what, in files with columns of their own: `prompt` and `completion` (and"
-        " `system`), or `text`, or `messages`. A value with a `{column}` in it is a pattern filled from the row.",
+        " `system`), or `text` (and `label`: a class, a list of classes or a number), or `words` and `tags`, or `messages`."
+        " A value with a `{column}` in it is a pattern filled from the row.",
     )
     system: str | None = Field(default=None, description="A system prompt for the conversations that have none.")
     template: str | None = Field(
@@ -109,25 +110,35 @@ class DataSettings(BaseModel):
             yield f"`mapping` has the key {unknown[0]!r}; allowed are {', '.join(MAPPING_KEYS)}"
         if empty := sorted(key for key in keys if not self.mapping[key].strip()):
             yield f"`mapping.{empty[0]}` is empty; give a column name or a pattern such as '{{question}}'"
-        if keys and len(keys & {"prompt", "text", "messages"}) != 1:
-            yield f"`mapping` has {', '.join(sorted(keys))}; give exactly one of prompt, text, messages"
-        if ("prompt" in keys) != ("completion" in keys):
-            yield "`mapping` needs `prompt` and `completion` together"
+        if keys and len(keys & {"prompt", "text", "words", "messages"}) != 1:
+            yield f"`mapping` has {', '.join(sorted(keys))}; give exactly one of prompt, text, words, messages"
+        for one, other in (("prompt", "completion"), ("words", "tags")):
+            if (one in keys) != (other in keys):
+                yield f"`mapping` needs `{one}` and `{other}` together"
+        if "label" in keys and "text" not in keys:
+            yield "`mapping.label` goes with `text` only"
         if "system" in keys and "prompt" not in keys:
             yield "`mapping.system` goes with `prompt` and `completion` only"
-        if "messages" in keys and PLACEHOLDER.search(self.mapping["messages"]):
-            yield "`mapping.messages` is a column name, not a pattern"
+        for key in ("messages", "words", "tags"):
+            if key in keys and PLACEHOLDER.search(self.mapping[key]):
+                yield f"`mapping.{key}` is a column name, not a pattern"
         if keys and self.form not in ("auto", self.mapped_form):
             yield f"`form` is {self.form} but `mapping` makes {self.mapped_form} rows; leave `form` out"
 
     def _text_complaints(self) -> Iterator[str]:
-        if "text" in (self.form, self.mapped_form):
+        if {"text", "labelled", "tagged"} & {self.form, self.mapped_form}:
             for name in ("system", "template"):
                 if getattr(self, name) is not None:
                     yield f"`{name}` has no effect on plain text; leave it out, or map prompt and completion"
 
     @property
     def mapped_form(self) -> str | None:
-        """The form that `mapping` makes: `prompt_completion`, `text`, `chat`, or None without a mapping."""
-        forms = {"prompt": "prompt_completion", "text": "text", "messages": "chat"}
+        """The form that `mapping` makes; None without a mapping."""
+        forms = {
+            "prompt": "prompt_completion",
+            "label": "labelled",
+            "text": "text",
+            "words": "tagged",
+            "messages": "chat",
+        }
         return next((form for key, form in forms.items() if key in self.mapping), None)

@@ -5,7 +5,9 @@ templates are rendered with a guard character before such text, and `encode_rend
 it has told the special tokens that the template itself wrote from the others.
 """
 
+import bisect
 import hashlib
+import itertools
 import json
 import re
 from dataclasses import dataclass, field
@@ -113,12 +115,23 @@ class Tokenizer:
         return index
 
     @cached_property
+    def _marks(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer itself puts before a text and after it."""
+        found = self.backend.encode("a", add_special_tokens=True)
+        own = [place for place, special in enumerate(found.special_tokens_mask) if not special]
+        return (found.ids[: own[0]], found.ids[own[-1] + 1 :]) if own else ([], [])
+
+    @cached_property
     def begin_ids(self) -> list[int]:
         """What stands before plain text: what the tokenizer itself adds, or its begin-of-text token, or nothing."""
-        eos = self.token_id("eos_token")
-        added = [i for i in self.backend.encode("", add_special_tokens=True).ids if i != eos]
         bos = self.token_id("bos_token")
-        return added or ([] if bos is None else [bos])
+        return self._marks[0] or ([] if bos is None else [bos])
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """What stands after plain text: what the tokenizer itself adds, or its end of text, or what separates texts."""
+        known = (self.token_id(name) for name in ("eos_token", "sep_token"))
+        return self._marks[1] or [index for index in known if index is not None][:1]
 
     @property
     def num_tokens(self) -> int:
@@ -144,6 +157,23 @@ class Tokenizer:
     def encode_text(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts in which nothing is special; no begin or end tokens."""
         return [e.ids for e in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_words(self, rows: list[tuple[str, ...]]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """For each row of words, the ids of the words with spaces between them, and each word's first and last id.
+
+        The place of a word of which the tokenizer keeps nothing is (-1, -1).
+        """
+        found = []
+        encodings = self._plain.encode_batch([" ".join(words) for words in rows], add_special_tokens=False)
+        for words, encoding in zip(rows, encodings, strict=True):
+            starts = [0, *itertools.accumulate(len(word) + 1 for word in words)]
+            places = [(-1, -1)] * len(words)
+            for token, (start, stop) in enumerate(encoding.offsets):
+                for word in range(bisect.bisect_right(starts, start) - 1, bisect.bisect_left(starts, stop)):
+                    if start < starts[word] + len(words[word]):  # and not only the space behind it
+                        places[word] = (places[word][0] if places[word][0] >= 0 else token, token)
+            found.append((encoding.ids, places))
+        return found
 
     def encode_rendered(self, texts: list[str], *, guard: str | None = None) -> list[list[int]]:
         """Ids of rendered templates: special tokens are recognised, but not those that a guard stands before.

@@ -16,10 +16,13 @@ from tunesmith.data.types import Origin, Sequence
 ARRAYS = {
     "tokens": np.int32,
     "weights": np.float32,
+    "values": np.float32,
     "sequence_start": np.int64,
+    "value_start": np.int64,
     "unit_start": np.int64,
     "unit_file": np.int32,
     "unit_line": np.int64,
+    "groups": np.int64,
 }
 
 
@@ -31,7 +34,7 @@ class TokenWriter:
         self.folder = folder
         self._files = {name: (folder / f"{name}.bin").open("wb") for name in ARRAYS}
         self._names: dict[str, int] = {}
-        self.num_units = self.num_sequences = self.num_tokens = self.num_targets = 0
+        self.num_units = self.num_sequences = self.num_tokens = self.num_targets = self.num_values = 0
 
     def _append(self, name: str, values: Any) -> None:
         self._files[name].write(np.ascontiguousarray(values, dtype=ARRAYS[name]).tobytes())
@@ -43,8 +46,12 @@ class TokenWriter:
         self._append("unit_line", [origin.line])
         for sequence in sequences:
             self._append("sequence_start", [self.num_tokens])
+            self._append("value_start", [self.num_values])
             self._append("tokens", sequence.tokens_T)
             self._append("weights", sequence.weight_T)
+            if sequence.values is not None:
+                self._append("values", sequence.values)
+                self.num_values += len(sequence.values)
             self.num_tokens += len(sequence.tokens_T)
             self.num_targets += sequence.num_targets
             self.num_sequences += 1
@@ -53,6 +60,7 @@ class TokenWriter:
     def close(self) -> None:
         """Write the last borders and the sizes."""
         self._append("sequence_start", [self.num_tokens])
+        self._append("value_start", [self.num_values])
         self._append("unit_start", [self.num_sequences])
         for file in self._files.values():
             file.close()
@@ -62,14 +70,22 @@ class TokenWriter:
             "tokens": self.num_tokens,
             "targets": self.num_targets,
             "files": list(self._names),
+            "group_rows": 0,
         }
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
+
+
+def write_groups(folder: Path, *, groups: np.ndarray) -> None:
+    """Make the rows of each of `groups` [G, M] one unit."""
+    (folder / "groups.bin").write_bytes(np.ascontiguousarray(groups, dtype=ARRAYS["groups"]).tobytes())
+    meta = json.loads((folder / "meta.json").read_text("utf-8")) | {"group_rows": groups.shape[1]}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
 
 
 class TokenStore:
     """Units read back from a folder that a TokenWriter closed."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, grouped: bool = True):
         self.folder = folder
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         self.num_units: int = meta["units"]
@@ -77,26 +93,41 @@ class TokenStore:
         self.num_targets: int = meta["targets"]
         self.files: list[str] = meta["files"]
         self._arrays = {name: self._open(name, dtype) for name, dtype in ARRAYS.items()}
+        self._group_rows: int = meta["group_rows"] if grouped else 0
 
     def _open(self, name: str, dtype: type) -> np.ndarray:
         path = self.folder / f"{name}.bin"
         return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
 
     def __len__(self) -> int:
-        return self.num_units
+        return len(self._arrays["groups"]) // self._group_rows if self._group_rows else self.num_units
+
+    def rows(self) -> "TokenStore":
+        """The same rows, each a unit of its own."""
+        return TokenStore(self.folder, grouped=False)
+
+    def _members(self, index: int) -> list[int]:
+        first = index * self._group_rows
+        return self._arrays["groups"][first : first + self._group_rows].tolist() if self._group_rows else [index]
 
     def unit(self, index: int) -> list[Sequence]:
         """The sequences of one unit, numbered by it."""
+        return [sequence for row in self._members(index) for sequence in self._row(row, unit=index)]
+
+    def _row(self, index: int, *, unit: int) -> list[Sequence]:
         a, b = self._arrays["unit_start"][index : index + 2]
-        starts = self._arrays["sequence_start"]
-        tokens, weights = self._arrays["tokens"], self._arrays["weights"]
-        return [
-            Sequence(np.array(tokens[starts[s] : starts[s + 1]]), np.array(weights[starts[s] : starts[s + 1]]), index)
-            for s in range(int(a), int(b))
-        ]
+        return [self._sequence(number, unit=unit) for number in range(int(a), int(b))]
+
+    def _sequence(self, number: int, *, unit: int) -> Sequence:
+        first, last = self._arrays["sequence_start"][number : number + 2]
+        tokens_T, weight_T = (np.array(self._arrays[name][first:last]) for name in ("tokens", "weights"))
+        first, last = self._arrays["value_start"][number : number + 2]
+        values = np.array(self._arrays["values"][first:last]) if last > first else None
+        return Sequence(tokens_T, weight_T, unit, values)
 
     def origin(self, index: int) -> Origin:
-        """Where the unit's row stands."""
+        """Where the unit's first row stands."""
+        index = self._members(index)[0]
         return Origin(self.files[self._arrays["unit_file"][index]], int(self._arrays["unit_line"][index]))
 
     def longest(self) -> int:

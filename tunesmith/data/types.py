@@ -6,10 +6,12 @@ every token the weight with which it is trained (0: it is only read).
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+
+Label = str | tuple[str, ...]  # a class or a number, or several
 
 
 class Origin(NamedTuple):
@@ -46,9 +48,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What a row means: a conversation with trained assistant turns, or plain text (`text` is not None).
+    """What a row means: a conversation with trained assistant turns, plain text (`text` is not None), or words.
 
-    `form` is one of `chat`, `prompt_completion`, `alpaca`, `sharegpt`, `text`. `columns` keeps the row's other fields.
+    `form` is one of `chat`, `prompt_completion`, `alpaca`, `sharegpt`, `text`, `labelled` (a text and its `label`: a
+    class, several, or a number) and `tagged` (`words`, and in `label` a tag for each). `columns` keeps the other fields.
     """
 
     origin: Origin
@@ -56,25 +59,30 @@ class Example:
     messages: tuple[Message, ...] = ()
     text: str | None = None
     tools: tuple[dict[str, Any], ...] = ()
+    words: tuple[str, ...] = ()
+    label: Label | None = None
     columns: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """32 hex digits: SHA-256 of what is trained and read, so the same content has the same key for ever."""
+        labelled = () if self.label is None else (self.words, self.label)
         content = [[m.role, m.content, m.weight, m.extra] for m in self.messages], self.text, self.tools
-        return hashlib.sha256(
-            json.dumps(content, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
-        ).hexdigest()[:32]
+        return _digest([*content, *labelled])
 
     @property
     def prompt_key(self) -> str:
-        """As `key`, of the part before the last assistant turn (of the whole text for plain text)."""
+        """As `key`, of the part before the last assistant turn; of the whole for plain text, without its label."""
+        if self.label is not None:
+            return _digest([self.text, self.words])
         if self.text is not None or not self.messages:
             return self.key
-        content = [[m.role, m.content, m.extra] for m in self.messages[:-1]], self.tools
-        return hashlib.sha256(
-            json.dumps(content, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
-        ).hexdigest()[:32]
+        return _digest([[[m.role, m.content, m.extra] for m in self.messages[:-1]], self.tools])
+
+
+def _digest(content: list[Any]) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +90,23 @@ class Sequence:
     """Token ids and, for each token, the weight with which it is predicted from what stands before it.
 
     tokens_T int32, weight_T float32; weight_T[0] is 0 (nothing stands before the first token).
-    `row` numbers the row it came from, in the order of the prepared split. `places_T` int64, where it is given, numbers
-    each token among all that have a beginning of their own (data/pack.py, Forest).
+    Where `values` are given, a token with a weight is read and not predicted: float32, what is known of the sequence, as
+    its objective understands it. `row` numbers the row it came from, in the order of the prepared split. `places_T`
+    int64, where it is given, numbers each token among all that have a beginning of their own (data/pack.py, Forest).
     """
 
     tokens_T: np.ndarray
     weight_T: np.ndarray
     row: int = 0
+    values: np.ndarray | None = None
     places_T: np.ndarray | None = None
+
+    def cut(self, num_tokens: int) -> "Sequence":
+        """Its beginning; what is read at its last token keeps that token."""
+        tokens_T, weight_T = self.tokens_T[:num_tokens].copy(), self.weight_T[:num_tokens].copy()
+        if self.values is not None and self.weight_T[-1]:
+            tokens_T[-1], weight_T[-1] = self.tokens_T[-1], self.weight_T[-1]
+        return replace(self, tokens_T=tokens_T, weight_T=weight_T)
 
     @property
     def num_targets(self) -> int:

@@ -16,7 +16,7 @@ from tunesmith.errors import NotFoundError
 from tunesmith.evaluate.curves import Scale, curves
 from tunesmith.evaluate.examples import Headline, examples
 from tunesmith.evaluate.metrics import METRICS
-from tunesmith.evaluate.statistics import SIGNIFICANCE, decimals, p_text
+from tunesmith.evaluate.statistics import NO_WIDTH, SIGNIFICANCE, decimals, p_text
 from tunesmith.evaluate.texts import ALSO_CHOSE, bytes_text, clip, duration_text, number_text, read_optional, time_text
 from tunesmith.storage import read_json, write_text
 
@@ -132,7 +132,7 @@ def _scores(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     rows = []
     for name, entry in evaluation["metrics"].items():
         widths = [score["high"] - score["low"] for score in entry["systems"].values()]
-        places = max((decimals(width) for width in widths if width > 0), default=2)
+        places = max((decimals(width) for width in widths if width > NO_WIDTH), default=2)
         cells = {
             system: {
                 "value": f"{score['value']:.{places}f}",

@@ -6,12 +6,9 @@ computed once.
 """
 
 import contextlib
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,15 +17,14 @@ import torch
 from tunesmith.data.pack import build_packs
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example, Message, Sequence
-from tunesmith.errors import DataError, ModelError
+from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.evaluate.metrics import METRICS
+from tunesmith.evaluate.result import Answers, Evaluation, concluded, drawn
 from tunesmith.evaluate.settings import EvaluateSettings
-from tunesmith.evaluate.statistics import compare, interval, verdict
 from tunesmith.generate.runner import Generator
 from tunesmith.generate.sampling import Sampling
 from tunesmith.models.load import Model
 from tunesmith.objectives.base import Objective
-from tunesmith.storage import write_json, write_text
 
 SHORT_ANSWER_CHARACTERS = 40
 PACK_TOKENS = 4096
@@ -36,54 +32,16 @@ PACK_TOKENS = 4096
 
 @dataclass(frozen=True)
 class System:
-    """Something that answers: a model (entered through `switched` first) and examples put into the prompt."""
+    """Something that answers: a model (entered through `switched` first) and examples put into the prompt.
+
+    `template` is given where its tokens are not those of the first system.
+    """
 
     name: str
     model: Model
     switched: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     shots: tuple[Example, ...] = ()
-
-
-@dataclass
-class Answers:
-    """What a system made of the rows: likelihood of the reference, and its own answer where one was generated."""
-
-    nll_B: np.ndarray
-    tokens_B: np.ndarray
-    texts: list[str] | None
-    answer_tokens: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The result of `evaluate`. `document` is what `--json` prints and `evaluation.json` holds."""
-
-    document: dict[str, Any]
-    rows: list[dict[str, Any]] = field(repr=False, default_factory=list)
-
-    @property
-    def verdict(self) -> str:
-        """`better`, `worse` or `undecided`."""
-        return str(self.document["verdict"])
-
-    @property
-    def sentence(self) -> str:
-        """The verdict in words, with its evidence."""
-        return str(self.document["sentence"])
-
-    def value(self, metric: str, *, system: str = "tuned") -> float:
-        """One score."""
-        return float(self.document["metrics"][metric]["systems"][system]["value"])
-
-    def as_dict(self) -> dict[str, Any]:
-        """The document."""
-        return self.document
-
-    def write(self, folder: Path) -> None:
-        """evaluation.json and examples.jsonl."""
-        write_text(folder / "examples.jsonl", text="".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.rows))
-        write_json(folder / "evaluation.json", value=self.document)
+    template: ChatTemplate | None = None
 
 
 def asked(example: Example) -> tuple[list[Message], Message]:
@@ -184,14 +142,10 @@ def evaluate_systems(
     `examples` are held-out rows of one kind (conversations or plain texts). Raises DataError where none is left.
     """
     fitting = _fitting(examples, systems=systems, template=template)
-    kept = _drawn(fitting, settings=settings)
-    if len(kept) < 2:
-        found = "no held-out row" if not kept else "one held-out row alone"
-        raise DataError(
-            f"{found} fits into the model's context, and one row says nothing about luck",
-            hint="give more or shorter rows: --data FILE",
-        )
+    kept = drawn(fitting, settings=settings)
     names = settings.metrics or default_metrics(kept)
+    if any(system.template is not None for system in systems):
+        names = _of_text(names, chosen=bool(settings.metrics))
     _check_metrics(names, kept)
     generated = any(METRICS[name].reads == "text" for name in names)
     answers: dict[str, Answers] = {}
@@ -199,18 +153,28 @@ def evaluate_systems(
         on_progress(f"{system.name}: {len(kept):,} rows")
         with system.switched():
             answers[system.name] = _answer(
-                system, kept, template=template, objective=objective, settings=settings, generated=generated
+                system,
+                kept,
+                template=system.template or template,
+                objective=objective,
+                settings=settings,
+                generated=generated,
             )
     references = [reference_of(e, template=template) for e in kept]
     scores = {name: {s: _score(name, a, references=references) for s, a in answers.items()} for name in names}
-    metrics = {name: _compared(name, rows, seed=settings.seed) for name, rows in scores.items()}
-    document = _document(
-        metrics, answers, systems=systems, run=run, data=data, primary=names[0], rows=len(kept), seed=settings.seed
+    prompts = [[] if e.text is not None else asked(e)[0] for e in kept]
+    return concluded(
+        answers,
+        scores,
+        examples=kept,
+        prompts=prompts,
+        references=references,
+        settings=settings,
+        run=run,
+        data=data,
+        num_shots=max(len(s.shots) for s in systems),
+        num_left_out=len(examples) - len(fitting),
     )
-    keys = "".join(example.key for example in kept)
-    document["rows_sha256"] = hashlib.sha256(keys.encode()).hexdigest()  # what two runs must share to be compared
-    document["left_out_rows"] = len(examples) - len(fitting)
-    return Evaluation(document, _row_table(kept, references, answers, scores, plain=template.plain))
 
 
 def _fitting(examples: list[Example], *, systems: list[System], template: ChatTemplate) -> list[Example]:
@@ -228,15 +192,12 @@ def _fitting(examples: list[Example], *, systems: list[System], template: ChatTe
     return kept
 
 
-def _drawn(examples: list[Example], *, settings: EvaluateSettings) -> list[Example]:
-    """`settings.rows` of them by the seed, in order; all by default."""
-    if settings.rows is None or len(examples) <= settings.rows:
-        return examples
-    chosen = np.random.default_rng(settings.seed).permutation(len(examples))[: settings.rows]
-    return [examples[i] for i in sorted(chosen)]
-
-
 def _check_metrics(names: tuple[str, ...], examples: list[Example]) -> None:
+    if odd := [n for n in names if METRICS[n].reads in ("classes", "numbers")]:
+        fitting = ", ".join(n for n, m in METRICS.items() if m.reads in ("text", "likelihood"))
+        raise RecipeError(
+            f"evaluate.metrics: '{odd[0]}' reads a head, and this run writes text", hint=f"there are {fitting}"
+        )
     if examples[0].text is not None:
         bad = [n for n in names if METRICS[n].reads == "text"]
         if bad:
@@ -245,6 +206,16 @@ def _check_metrics(names: tuple[str, ...], examples: list[Example]) -> None:
                 file=examples[0].origin.file,
                 hint="use perplexity or bits_per_byte",
             )
+
+
+def _of_text(names: tuple[str, ...], *, chosen: bool) -> tuple[str, ...]:
+    """The metrics that systems with different tokens have in common; RecipeError where another was chosen."""
+    if chosen and "perplexity" in names:
+        raise RecipeError(
+            "metric 'perplexity' is a token's, and the systems have different tokens",
+            hint="use evaluate.metrics: [bits_per_byte]",
+        )
+    return tuple(name for name in names if name != "perplexity")
 
 
 def _answer(
@@ -261,7 +232,7 @@ def _answer(
         [] if e.text is not None else prompt_messages(e, shots=system.shots, plain=template.plain) for e in examples
     ]
     nll_B, tokens_B = _likelihood(system.model, examples, prompts, template=template, objective=objective)
-    answers = Answers(nll_B, tokens_B, None)
+    answers = Answers(nll_B=nll_B, tokens_B=tokens_B)
     if generated:
         ids = [template.prompt(p, tools=e.tools).ids for p, e in zip(prompts, examples, strict=True)]
         generator = Generator(system.model, stop_ids=template.stop_ids(), batch_rows=settings.batch_rows)
@@ -312,76 +283,3 @@ def _score(name: str, answers: Answers, *, references: list[str]) -> np.ndarray:
         return metric.score_rows(negative_log_likelihood=answers.nll_B, tokens=answers.tokens_B)
     bytes_B = np.array([max(1, len(r.encode())) for r in references], dtype=np.float64)
     return metric.score_rows(negative_log_likelihood=answers.nll_B, bytes=bytes_B)
-
-
-def _compared(name: str, rows: dict[str, np.ndarray], *, seed: int) -> dict[str, Any]:
-    metric = METRICS[name]
-    first, *others = rows
-    return {
-        "higher_is_better": metric.higher_is_better,
-        "systems": {s: interval(r, aggregate=metric.aggregate, seed=seed).as_dict() for s, r in rows.items()},
-        "differences": {
-            f"{first} - {other}": compare(rows[first], rows[other], metric=metric, seed=seed) for other in others
-        },
-    }
-
-
-def _document(
-    metrics: dict[str, Any],
-    answers: dict[str, Answers],
-    *,
-    systems: list[System],
-    run: str,
-    data: str,
-    primary: str,
-    rows: int,
-    seed: int,
-) -> dict[str, Any]:
-    names = [s.name for s in systems]
-    decided = ("undecided", "there is nothing to compare with")
-    if len(names) > 1:
-        decided = verdict(metrics, primary=primary, rows=rows, systems=(names[0], names[1]))
-    order = [n for n in ("base", "few_shot") if n in names] + [n for n in names if n not in ("base", "few_shot")]
-    return {
-        "run": run,
-        "data": data,
-        "rows": rows,
-        "systems": order,
-        "primary": primary,
-        "metrics": metrics,
-        "verdict": decided[0],
-        "sentence": decided[1],
-        "few_shot_examples": max(len(s.shots) for s in systems),
-        "seed": seed,
-        "costs": {
-            name: {"seconds": round(a.seconds, 3), "tokens_per_answer": round(a.answer_tokens / rows, 2)}
-            for name, a in answers.items()
-        },
-    }
-
-
-def _row_table(
-    examples: list[Example],
-    references: list[str],
-    answers: dict[str, Answers],
-    scores: dict[str, dict[str, np.ndarray]],
-    *,
-    plain: bool,
-) -> list[dict[str, Any]]:
-    values = {
-        system: {name: METRICS[name].row_values(rows[system]) for name, rows in scores.items()} for system in answers
-    }
-    table = []
-    for i, example in enumerate(examples):
-        prompt = [] if example.text is not None else [{"role": m.role, "content": m.content} for m in asked(example)[0]]
-        table.append(
-            {
-                "row": i,
-                "origin": str(example.origin),
-                "prompt": prompt,
-                "reference": references[i],
-                "outputs": {s: a.texts[i] for s, a in answers.items() if a.texts is not None},
-                "scores": {s: {name: float(v[i]) for name, v in by.items()} for s, by in values.items()},
-            }
-        )
-    return table

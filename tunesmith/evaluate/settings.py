@@ -17,8 +17,10 @@ class EvaluateSettings(BaseModel):
     metrics: tuple[str, ...] | None = Field(
         default=None, description="which metrics; by default what fits the answers (see docs/evaluation.md)"
     )
-    against: tuple[Literal["base", "few_shot"], ...] = Field(
-        default=("base", "few_shot"), description="the systems that the tuned model is compared with"
+    against: tuple[Literal["base", "few_shot", "majority", "mean", "median"], ...] | None = Field(
+        default=None,
+        description="the systems that the tuned model is compared with; by default base and few_shot, for a classification"
+        " also the most frequent class (majority), for a regression the median and the mean of the training rows",
     )
     few_shot: int = Field(default=4, ge=1, le=64, description="training examples in the prompt of `few_shot`")
     rows: int | None = Field(default=None, ge=1, description="evaluate this many held-out rows at most; all by default")
@@ -44,6 +46,6 @@ class EvaluateSettings(BaseModel):
     def _no_idle_setting(self, info: ValidationInfo) -> "EvaluateSettings":
         if info.context == RESOLVED:
             return self
-        if "few_shot" in self.model_fields_set and "few_shot" not in self.against:
+        if "few_shot" in self.model_fields_set and self.against is not None and "few_shot" not in self.against:
             raise ValueError("few_shot has no effect because `against` does not name few_shot")
         return self

@@ -336,9 +336,12 @@ def could_have_shown(smallest: float | None, *, primary: str, rows: int) -> str:
     return f"these rows could have shown a difference of {smallest:.{decimals(smallest)}f} or more"
 
 
+NO_WIDTH = 1e-9
+
+
 def decimals(width: float) -> int:
-    """Decimal places that give `width` two significant digits, at most 6."""
-    return min(6, max(0, 1 - math.floor(math.log10(width)))) if width > 0 else 2
+    """Decimal places that give `width` two significant digits, at most 6; 2 for a width of nothing but rounding."""
+    return min(6, max(0, 1 - math.floor(math.log10(width)))) if width > NO_WIDTH else 2
 
 
 def p_text(p_value: float) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError, RecipeError
+from tunesmith.models.extended import new_rows, token_indices
 from tunesmith.models.load import Model
 from tunesmith.models.quantised import Quantisation, QuantisedLinear, quantise, restore
 
@@ -36,6 +37,7 @@ class Method(BaseModel, ABC):
     keeps_base: ClassVar[bool] = True  # `disabled` gives the base back
     merges: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = None  # its name in PEFT, None where PEFT does not have it
+    peft_new_rows: ClassVar[bool] = False  # PEFT keeps rows of new tokens beside it
 
     @property
     def kind_name(self) -> str:
@@ -92,7 +94,7 @@ def freeze(model: Model) -> None:
 
 def trainable(model: Model) -> dict[str, Tensor]:
     """What moves, by name, in a fixed order; tied parameters once."""
-    return {name: p for name, p in model.causal.named_parameters() if p.requires_grad}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def num_trainable(model: Model) -> int:
@@ -224,7 +226,7 @@ class Adapter(Frozen):
         """Read an adapter written here, or by PEFT where it has the method."""
         tensors = load_adapter(folder)
         self.apply(model, seed=0)
-        copy_tensors(tensors, self._tensors(model), folder=folder)
+        copy_tensors(tensors, self._tensors(model), model=model, folder=folder)
         freeze(model)
 
 
@@ -242,14 +244,15 @@ def replace(root: nn.Module, name: str, module: nn.Module) -> None:
 def save_adapter(
     method: Method, model: Model, *, folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]
 ) -> None:
-    """The two files of an adapter, as PEFT names them."""
-    save_tensors(tensors, path=folder / "adapter_model.safetensors")
+    """The two files of an adapter, as PEFT names them; rows of new tokens are part of it."""
+    save_tensors(tensors | _new_rows(model), path=folder / "adapter_model.safetensors")
+    indices = token_indices(model)
     common = {
         "peft_type": method.peft_type or f"TUNESMITH_{method.kind_name.upper()}",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": model.name,
         "inference_mode": True,
-    }
+    } | ({"trainable_token_indices": indices} if indices else {})
     (folder / "adapter_config.json").write_text(json.dumps(common | config, indent=1) + "\n", "utf-8")
 
 
@@ -261,8 +264,13 @@ def load_adapter(folder: Path) -> dict[str, Tensor]:
         raise ModelError(f"the adapter cannot be read: {error}", file=folder, hint="restore its files") from error
 
 
-def copy_tensors(tensors: dict[str, Tensor], own: dict[str, Tensor], *, folder: Path) -> None:
-    """Copy saved tensors into a model's own; ModelError unless names and shapes are the same."""
+def _new_rows(model: Model) -> dict[str, Tensor]:
+    return {f"{PREFIX}{name}": row for name, row in new_rows(model).items()}
+
+
+def copy_tensors(tensors: dict[str, Tensor], own: dict[str, Tensor], *, model: Model, folder: Path) -> None:
+    """Copy saved tensors into a model's own, and rows of new tokens into its; ModelError unless names and shapes fit."""
+    own = own | _new_rows(model)
     if odd := sorted(set(tensors) ^ set(own)):
         raise ModelError(
             f"the adapter does not fit this base: {odd[0]}", file=folder, hint="use the base it was made for"
@@ -356,5 +364,5 @@ class Subset(Method):
         """Put the saved parameters in the place of the base's."""
         tensors = load_adapter(folder)
         own: dict[str, Tensor] = {name: model.causal.get_parameter(name) for name in self.chosen(model)}
-        copy_tensors(tensors, own, folder=folder)
+        copy_tensors(tensors, own, model=model, folder=folder)
         freeze(model)

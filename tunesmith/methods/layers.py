@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from tunesmith.errors import RecipeError
 from tunesmith.methods.base import Subset
+from tunesmith.models.extended import new_rows
 from tunesmith.models.load import Model
 
 
@@ -50,8 +51,8 @@ class Layers(Subset):
         if self.head:
             inside = tuple(f"{name}." for name in _block_names(model))
             outside = [n for n, p in model.causal.named_parameters() if not n.startswith(inside)]
-            tables = model.input_tables()
-            names += [n for n in outside if model.causal.get_parameter(n) not in tables]
+            others = {*model.input_tables(), *new_rows(model).values()}  # new rows are trained and saved anyway
+            names += [n for n in outside if model.causal.get_parameter(n) not in others]
         return names
 
     def _blocks(self, model: Model) -> list[int]:

@@ -118,7 +118,7 @@ class PissaLinear(LoraLinear):
         super().__init__(base, rank=rank, scaling=scaling, dropout=dropout, generator=generator)
         weight = linear_weight(base).detach()
         weight_OI = weight.T if self.transposed else weight
-        u_OR, s_R, v_RI = _principal(weight_OI.to(torch.promote_types(weight.dtype, torch.float32)), rank=rank)
+        u_OR, s_R, v_RI = principal(weight_OI.to(torch.promote_types(weight.dtype, torch.float32)), rank=rank)
         root_R = s_R.sqrt()
         self.lora_A.data.copy_(root_R[:, None] * v_RI)
         self.lora_B.data.copy_(u_OR * root_R / scaling)
@@ -168,14 +168,14 @@ class DoraLinear(LoraLinear):
         return torch.linalg.vector_norm(weight, dim=0 if self.transposed else 1)
 
 
-def _principal(weight_OI: Tensor, *, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest singular values and vectors: U [O, R], S [R], V^T [R, I]."""
+def principal(weight_OI: Tensor, *, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `rank` largest singular values and their vectors: U [O, R], S [R], V^T [R, I]."""
     if min(weight_OI.shape) <= FULL_SVD_SIDE:
         u, s, vt = torch.linalg.svd(weight_OI, full_matrices=False)
         return u[:, :rank], s[:rank], vt[:rank]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(weight_OI, q=rank + 16, niter=16)
+        u, s, v = torch.svd_lowrank(weight_OI, q=min(rank + 16, *weight_OI.shape), niter=16)
     return u[:, :rank], s[:rank], v[:, :rank].T
 
 
@@ -186,6 +186,7 @@ class Lora(Adapter):
     summary: ClassVar[str] = "a low-rank update beside frozen weights"
     learning_rate: ClassVar[float] = 5e-4
     peft_type: ClassVar[str | None] = "LORA"
+    peft_new_rows: ClassVar[bool] = True
     rank: int = Field(default=16, ge=1, description="r, the rank of the update")
     ranks: dict[str, int] = Field(default={}, description="other ranks by layer name, such as {q_proj: 8}")
     alpha: float | None = Field(

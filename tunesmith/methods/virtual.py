@@ -112,6 +112,6 @@ class VirtualTokenMethod(Frozen):
         assert module is not None
         with torch.no_grad():
             table = self.table(module).clone()
-        copy_tensors(tensors, {SAVED: table}, folder=folder)
+        copy_tensors(tensors, {SAVED: table}, model=model, folder=folder)
         model.causal.add_module(NAME, self.fixed(model, table=table).to(model.device))
         freeze(model)

@@ -10,7 +10,9 @@ makes the gradients exact (Ring Attention, Liu et al. 2023, uses the same identi
 
     out = sum_p exp(lse_p - lse) out_p,   lse = log sum_p exp(lse_p)
 
-On a GPU the rule is a FlexAttention block mask.
+On a GPU the rule is a FlexAttention block mask. In an encoder, whose packs share nothing, a token sees its whole text:
+
+    token i sees token j   <=>   i < end[j] and j < end[i]
 
 Shapes: T packed tokens, H query heads, K key/value heads, D head dimension.
 """
@@ -86,29 +88,39 @@ register()
 
 
 class Piece:
-    """Queries [q0, q1) against keys [k0, k1): causal within a node, or dense between a node and what is below it."""
+    """Queries [q0, q1) against keys [k0, k1): a node's own, causal or not, or those above, of what is below a node."""
 
-    __slots__ = ("causal", "k0", "k1", "q0", "q1")
+    __slots__ = ("causal", "k0", "k1", "own", "q0", "q1")
 
-    def __init__(self, q0: int, q1: int, k0: int, k1: int, causal: bool):
-        self.q0, self.q1, self.k0, self.k1, self.causal = q0, q1, k0, k1, causal
+    def __init__(self, q0: int, q1: int, k0: int, k1: int, *, own: bool, causal: bool):
+        self.q0, self.q1, self.k0, self.k1, self.own, self.causal = q0, q1, k0, k1, own, causal
 
 
 class PackAttention:
     """The rule for one pack. Build once a pack and pass as `pack=` to the model."""
 
-    def __init__(self, pack: Pack, *, device: torch.device, virtual: Virtual | None = None):
+    def __init__(
+        self,
+        pack: Pack,
+        *,
+        device: torch.device,
+        virtual: Virtual | None = None,
+        both_ways: bool = False,
+        first_position: int = 0,
+    ):
         if virtual is not None:
             pack = pack.below(virtual.num_tokens)
-        self.device, self.virtual = device, virtual
+        self.device, self.virtual, self.both_ways = device, virtual, both_ways
         self.input_ids = torch.from_numpy(pack.tokens_T)[None].to(device)
-        self.position_ids = torch.from_numpy(pack.position_T)[None].to(device)
-        self.position_T = self.position_ids[0]
+        self.position_T = torch.from_numpy(pack.position_T).to(device)
+        self.position_ids = self.position_T[None] + first_position
         self.end_T = torch.from_numpy(pack.end_T).to(device)
         self.depth = int(pack.position_T.max()) + 1 if len(pack.position_T) else 0
         nodes = pack.nodes
-        self.pieces = [Piece(n.start, n.stop, n.start, n.stop, True) for n in nodes]
-        self.pieces += [Piece(n.stop, n.end, n.start, n.stop, False) for n in nodes if n.end > n.stop]
+        below = [n for n in nodes if n.end > n.stop]
+        assert not (both_ways and below), "an encoder's texts share nothing"
+        self.pieces = [Piece(n.start, n.stop, n.start, n.stop, own=True, causal=not both_ways) for n in nodes]
+        self.pieces += [Piece(n.stop, n.end, n.start, n.stop, own=False, causal=False) for n in below]
         self._masks: dict[Any, Any] = {}
 
     def attend(
@@ -141,7 +153,7 @@ class PackAttention:
         if name not in self._masks:
             query_T = self.position_T[piece.q0 : piece.q1, None]
             key_T = self.position_T[None, piece.k0 : piece.k1]
-            hidden = query_T - key_T >= window
+            hidden = (query_T - key_T).abs() >= window
             if not bool(hidden.any()):
                 self._masks[name] = None
             else:
@@ -153,9 +165,10 @@ class PackAttention:
     def visible(self, *, window: int | None) -> Tensor:
         """The rule as a [T, T] boolean matrix; for tests and for kernels without a better way."""
         index_T = torch.arange(len(self.end_T), device=self.device)
-        seen_TT = (index_T[None] <= index_T[:, None]) & (index_T[:, None] < self.end_T[None])
+        first_TT = index_T[None] < self.end_T[:, None] if self.both_ways else index_T[None] <= index_T[:, None]
+        seen_TT = first_TT & (index_T[:, None] < self.end_T[None])
         if window is not None:
-            seen_TT &= self.position_T[:, None] - self.position_T[None] < window
+            seen_TT &= (self.position_T[:, None] - self.position_T[None]).abs() < window
         return seen_TT
 
     def _softcapped(
@@ -201,11 +214,11 @@ class PackAttention:
 
     def mask_mod(self, *, window: int | None) -> Any:
         """The rule as FlexAttention wants it: (batch, head, q, k) -> visible."""
-        end_T, position_T = self.end_T, self.position_T
+        end_T, position_T, both_ways = self.end_T, self.position_T, self.both_ways
 
         def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            seen = (k <= q) & (q < end_T[k])
-            return seen if window is None else seen & (position_T[q] - position_T[k] < window)
+            seen = (k < end_T[q] if both_ways else k <= q) & (q < end_T[k])
+            return seen if window is None else seen & ((position_T[q] - position_T[k]).abs() < window)
 
         return visible
 
@@ -241,7 +254,7 @@ class _TreeAttention(torch.autograd.Function):
         _, heads, length, dimension = query.shape
         out = wide_query.new_empty(1, length, heads, dimension).transpose(1, 2)  # laid out as the model reads it
         lse = wide_query.new_empty(1, heads, length)
-        for piece in pack.pieces:  # causal pieces come first and cover every token once
+        for piece in pack.pieces:  # a node's own come first and cover every token once
             rows, columns = slice(piece.q0, piece.q1), slice(piece.k0, piece.k1)
             mask = pack.mask(piece, window=window, dtype=wide_query.dtype)
             part, part_lse = _flash(
@@ -253,7 +266,7 @@ class _TreeAttention(torch.autograd.Function):
                 attn_mask=None if mask is None else mask[None, None],
                 scale=scaling,
             )
-            if piece.causal:
+            if piece.own:
                 out[:, :, rows], lse[:, :, rows] = part, part_lse
             else:
                 before = lse[:, :, rows]

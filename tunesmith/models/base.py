@@ -23,6 +23,12 @@ SUPPORTED = {
 }  # fmt: skip
 
 
+# Model types in which every token sees the whole text; such a base has no next token to predict.
+ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert", "electra", "modernbert"}
+POOLED = {"bert", "roberta", "xlm-roberta"}  # with a layer for a next-sentence head, which is left out
+AFTER_PADDING = {"roberta", "xlm-roberta"}  # their first position is the one behind the padding token's number
+
+
 class NewBase(BaseModel):
     """A model made from a configuration, with random weights: the start of pre-training."""
 
@@ -72,9 +78,9 @@ def check_config(config: dict[str, Any], *, file: Path) -> None:
             hint="use a model that transformers supports itself",
         )
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in SUPPORTED:
+    if not isinstance(kind, str) or kind not in SUPPORTED | ENCODERS:
         raise ModelError(
-            f"model type {kind!r} is not supported; supported are {', '.join(sorted(SUPPORTED))}",
+            f"model type {kind!r} is not supported; supported are {', '.join(sorted(SUPPORTED | ENCODERS))}",
             file=file,
             hint="choose another base",
         )
@@ -84,6 +90,12 @@ def check_config(config: dict[str, Any], *, file: Path) -> None:
             "its rotary positions depend on the longest row in a batch, so a row's loss would depend on its neighbours",
             file=file,
             hint="choose a base with another rope_type",
+        )
+    if kind in ENCODERS and config.get("is_decoder"):
+        raise ModelError(
+            f"this {kind} was made a decoder ('is_decoder'), which no rule here covers",
+            file=file,
+            hint="choose another base",
         )
     if config.get("use_bidirectional_attention"):
         raise ModelError(
@@ -107,6 +119,16 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def config_path(base: "str | NewBase") -> Path:
+    """Where the configuration of a base stands."""
+    return Path(base.config) if isinstance(base, NewBase) else resolve_base(base) / "config.json"
+
+
+def is_encoder(base: "str | NewBase") -> bool:
+    """Whether every token sees the whole text; told from the configuration alone."""
+    return read_config(config_path(base))["model_type"] in ENCODERS
+
+
 def context_tokens(folder: Path) -> int:
     """The longest sequence the model was made for; ModelError where the folder holds no usable model."""
     return context_of(read_config(folder / "config.json"))
@@ -115,7 +137,12 @@ def context_tokens(folder: Path) -> int:
 def context_of(config: dict[str, Any]) -> int:
     """The longest sequence that a configuration names."""
     limits = (config.get("max_position_embeddings"), config.get("n_positions"))
-    return next((int(limit) for limit in limits if limit), 1 << 30)
+    return next((int(limit) - first_position(config) for limit in limits if limit), 1 << 30)
+
+
+def first_position(config: dict[str, Any]) -> int:
+    """The position id of a text's first token."""
+    return int(config.get("pad_token_id") or 0) + 1 if config.get("model_type") in AFTER_PADDING else 0
 
 
 def digest_folder(folder: Path) -> str:

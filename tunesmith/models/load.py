@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,20 +19,36 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from tunesmith.data.pack import Pack
+from tunesmith.data.pack import MIN_SHARED_TOKENS, Pack
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import ModelError
-from tunesmith.models.base import NewBase, context_of, digest_folder, read_config, resolve_base
+from tunesmith.models.base import (
+    ENCODERS,
+    POOLED,
+    NewBase,
+    config_path,
+    context_of,
+    digest_folder,
+    first_position,
+    read_config,
+    resolve_base,
+)
+from tunesmith.models.extended import ExtendedEmbedding
 from tunesmith.models.quantised import QuantisedLinear
 from tunesmith.models.readout import target_logprobs
 from tunesmith.models.virtual import NAME, Virtual, VirtualTokens
 
 DROPOUTS = (
     "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "resid_dropout",
-    "summary_first_dropout",
+    "summary_first_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "embedding_dropout",
+    "mlp_dropout",
 )  # fmt: skip
 
 
+OTHER_HEADS = (
+    "pooler.", "cls.", "lm_head.", "classifier.", "pre_classifier.", "vocab_transform.", "vocab_layer_norm.",
+    "vocab_projector.", "head.", "decoder.", "discriminator_predictions.", "generator_predictions.", "generator_lm_head.",
+)  # of an encoder, for what it was trained on; not read here  # fmt: skip
 LOADING_ERRORS = (
     OSError, ValueError, LookupError, RuntimeError, TypeError, ArithmeticError, AttributeError, SafetensorError,
     StrictDataclassError,
@@ -43,7 +60,8 @@ class Model:
     """A causal language model whose attention follows the one visibility rule.
 
     `causal` is the transformers model, `folder` where it came from (None for a new one), `digest` the SHA-256 of all
-    its bytes, `context_tokens` the longest sequence it was made for.
+    its bytes, `context_tokens` the longest sequence it was made for, `outputs` the head of an objective that has one
+    (models/heads.py).
     """
 
     causal: Any
@@ -52,6 +70,7 @@ class Model:
     folder: Path | None
     digest: str
     context_tokens: int
+    outputs: torch.nn.Linear | None = None
 
     @property
     def device(self) -> torch.device:
@@ -60,8 +79,18 @@ class Model:
 
     @property
     def head(self) -> torch.nn.Linear:
-        """The vocabulary projection."""
+        """The vocabulary projection; None of an encoder."""
         return self.causal.get_output_embeddings()
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether every token sees the whole text, so that there is no next token to predict."""
+        return str(self.causal.config.model_type) in ENCODERS
+
+    @property
+    def min_shared_tokens(self) -> int:
+        """How many tokens rows must begin with alike to be computed together; an encoder's rows have nothing in common."""
+        return 1 << 30 if self.is_encoder else MIN_SHARED_TOKENS
 
     @property
     def hidden_size(self) -> int:
@@ -70,11 +99,13 @@ class Model:
 
     def input_tables(self) -> set[Tensor]:
         """Weights of all embeddings; a tied head's is one of them."""
-        return {m.weight for m in self.causal.modules() if isinstance(m, torch.nn.Embedding)}
+        tables = (m for m in self.causal.modules() if isinstance(m, torch.nn.Embedding | ExtendedEmbedding))
+        return {weight for table in tables for weight in table.parameters()}
 
     def vocabulary_weights(self) -> set[Tensor]:
-        """Weights whose rows belong to tokens or positions: all embeddings and the head."""
-        return {*self.input_tables(), self.head.weight}
+        """Weights whose rows belong to tokens, positions or classes: all embeddings and the heads."""
+        heads = [head for head in (self.head, self.outputs) if head is not None]
+        return {*self.input_tables(), *(weight for head in heads for weight in head.parameters())}
 
     @cached_property
     def softcap(self) -> float | None:
@@ -84,7 +115,7 @@ class Model:
     @property
     def layers(self) -> list[torch.nn.Module]:
         """The blocks, first to last."""
-        lists = [list(m) for m in self.causal.base_model.children() if isinstance(m, torch.nn.ModuleList)]
+        lists = [list(m) for m in self.causal.base_model.modules() if isinstance(m, torch.nn.ModuleList)]
         return max(lists, key=len, default=[])
 
     @property
@@ -122,7 +153,13 @@ class Model:
         from tunesmith.models.attention import PackAttention
 
         made = self.virtual_tokens
-        return PackAttention(pack, device=self.device, virtual=None if made is None else made())
+        return PackAttention(
+            pack,
+            device=self.device,
+            virtual=None if made is None else made(),
+            both_ways=self.is_encoder,
+            first_position=first_position(self.causal.config.to_dict()),
+        )
 
     def target_logprobs(self, pack: Pack, *, hidden_TD: Tensor | None = None) -> Tensor:
         """Log-probability [N] of each of the pack's targets, in float32 at least; gradients flow.
@@ -139,10 +176,30 @@ class Model:
             softcap=self.softcap,
         )
 
+    def outputs_at(self, pack: Pack, *, hidden_TD: Tensor | None = None) -> Tensor:
+        """What the objective's head gives [N, K] at each token that is read, in float32 at least; gradients flow."""
+        assert self.outputs is not None, "models/heads.py puts it there"
+        hidden_ND = self.hidden_at(pack, hidden_TD=hidden_TD)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            return hidden_ND @ self.outputs.weight.to(hidden_ND.dtype).T
+
+    def hidden_at(self, pack: Pack, *, hidden_TD: Tensor | None = None) -> Tensor:
+        """Hidden states [N, D] at the pack's sources, in float32 at least; gradients flow."""
+        if hidden_TD is None:
+            hidden_TD = self.hidden(self.attention(pack))
+        hidden_ND = hidden_TD.index_select(0, torch.from_numpy(pack.source_N).to(hidden_TD.device))
+        return hidden_ND.to(torch.promote_types(hidden_ND.dtype, torch.float32))
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """All parameters by name, those of the head last."""
+        yield from self.causal.named_parameters()
+        if self.outputs is not None:
+            yield from self.outputs.named_parameters(prefix="outputs")
+
     def num_parameters(self) -> int:
         """Parameters in all, tied ones once and those stored in few bits as what they stand for."""
         stored = sum(m.in_features * m.out_features for m in self.causal.modules() if isinstance(m, QuantisedLinear))
-        return stored + sum(p.numel() for p in self.causal.parameters())
+        return stored + sum(p.numel() for _, p in self.named_parameters())
 
     def checkpoint_activations(self) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""
@@ -166,7 +223,7 @@ class Model:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def quiet() -> Any:
     """transformers' progress bars and advice do not belong into this program's output."""
     from transformers.utils import logging as transformers_logging
 
@@ -184,24 +241,23 @@ def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, dev
 
     Raises ModelError for what must not or cannot be loaded, NotFoundError for what is not there.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     from tunesmith.models import attention
 
     folder = None if isinstance(base, NewBase) else resolve_base(base)
-    config_path = Path(base.config) if isinstance(base, NewBase) else resolve_base(base) / "config.json"
-    raw = read_config(config_path)
-    tokenizer = Tokenizer.from_folder(Path(base.tokenizer) if isinstance(base, NewBase) else config_path.parent)
-    overrides = {name: 0.0 for name in DROPOUTS if raw.get(name)}
-    with _quiet():
+    path = config_path(base)
+    raw = read_config(path)
+    tokenizer = Tokenizer.from_folder(Path(base.tokenizer) if isinstance(base, NewBase) else path.parent)
+    encoder = raw["model_type"] in ENCODERS
+    classes = AutoModel if encoder else AutoModelForCausalLM
+    plain: dict[str, Any] = {"add_pooling_layer": False} if raw["model_type"] in POOLED else {}
+    with quiet():
+        config = _config_without_dropout(folder, raw, path)
         if isinstance(base, NewBase):
-            try:
-                config = AutoConfig.for_model(**raw | overrides)
-            except LOADING_ERRORS as error:
-                raise ModelError(f"config.json makes no sense: {error}", file=config_path, hint="mend it") from error
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(base.seed)
-                causal = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
+                causal = classes.from_config(config, attn_implementation=attention.NAME, dtype=dtype, **plain)
         else:
             assert folder is not None
             if not any(folder.glob("*.safetensors")):
@@ -209,22 +265,24 @@ def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, dev
                     "no .safetensors weights here", file=folder, hint="convert the weights to safetensors first"
                 )
             try:
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = classes.from_pretrained(
                     folder,
+                    config=config,
                     output_loading_info=True,
                     attn_implementation=attention.NAME,
                     dtype=dtype,
                     use_safetensors=True,
                     trust_remote_code=False,
                     local_files_only=True,
-                    **overrides,
+                    **plain,
                 )
             except LOADING_ERRORS as error:
                 raise ModelError(
                     f"the model cannot be loaded: {error}", file=folder, hint="restore its files"
                 ) from error
             causal, report = loaded
-            _check_complete(report, folder)
+            prefix = f"{causal.base_model_prefix}."
+            _check_complete(report, folder, prefix=prefix, ignored=OTHER_HEADS if encoder else ())
     causal.to(device)
     if len(causal.get_input_embeddings().weight) < tokenizer.num_tokens:
         raise ModelError(
@@ -238,14 +296,33 @@ def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, dev
     return Model(causal, tokenizer, name, folder, digest, context_of(raw))
 
 
-def _check_complete(report: dict[str, Any], folder: Path) -> None:
+def _config_without_dropout(folder: Path | None, raw: dict[str, Any], path: Path) -> Any:
+    """transformers' configuration of a folder, or of a new model, with every dropout off: also those left to a default."""
+    from transformers import AutoConfig
+
+    try:
+        config: Any = (
+            AutoConfig.for_model(**raw)
+            if folder is None
+            else AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        )
+        for name in DROPOUTS:
+            if config.to_dict().get(name):
+                setattr(config, name, 0.0)
+    except LOADING_ERRORS as error:
+        raise ModelError(f"config.json makes no sense: {error}", file=path, hint="mend it") from error
+    return config
+
+
+def _check_complete(report: dict[str, Any], folder: Path, *, prefix: str, ignored: tuple[str, ...]) -> None:
     """transformers makes missing weights up at random and leaves superfluous ones out; neither is a model."""
     for name, words in (
         ("missing_keys", "lack"),
         ("unexpected_keys", "hold the unknown"),
         ("mismatched_keys", "misfit"),
     ):
-        found = sorted(map(str, report.get(name) or []))
+        keys = map(str, report.get(name) or [])
+        found = sorted(key for key in keys if not key.removeprefix(prefix).startswith(ignored))
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise ModelError(f"the weights {words} {found[0]}{more}", file=folder, hint="restore the model's files")

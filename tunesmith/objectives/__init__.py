@@ -1,15 +1,25 @@
 """The objectives, each one file; a row here makes it known to recipes."""
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
 from tunesmith.objectives.base import Objective
 from tunesmith.objectives.causal import Causal
+from tunesmith.objectives.classification import Classification
+from tunesmith.objectives.contrastive import Contrastive
+from tunesmith.objectives.distillation import Distillation
 from tunesmith.objectives.instruction import Instruction
+from tunesmith.objectives.regression import Regression
+from tunesmith.objectives.token_classification import TokenClassification
 
-OBJECTIVES: dict[str, type[Instruction] | type[Causal]] = {"instruction": Instruction, "causal": Causal}
+AnyObjective = Annotated[
+    Instruction | Causal | Distillation | Classification | Contrastive | TokenClassification | Regression,
+    Field(discriminator="kind"),
+]
 
-AnyObjective = Annotated[Instruction | Causal, Field(discriminator="kind")]
+OBJECTIVES: dict[str, type[Objective]] = {
+    kind.model_fields["kind"].default: kind for kind in get_args(get_args(AnyObjective)[0])
+}
 
 __all__ = ["OBJECTIVES", "AnyObjective", "Objective"]

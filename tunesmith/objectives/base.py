@@ -1,15 +1,18 @@
 """What an objective is: what is trained on, and a loss as (sum, count).
 
-The count is known from the data before the forward pass. The loop adds it up over micro-batches and processes and
-divides once, so the loss does not depend on how rows were batched, packed, accumulated or sharded.
+An objective reads log-probabilities at its targets, or the outputs of a head of its own at the tokens that are read
+(objectives/headed.py). The count is known from the data before the forward pass. The loop adds it up over micro-batches
+and processes and divides once, so the loss does not depend on how rows were batched, packed, accumulated or sharded.
 
-Shapes: N targets, S sequences.
+Shapes: N targets, S sequences, K outputs of a head.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -17,16 +20,24 @@ from torch import Tensor
 from tunesmith.data.pack import Pack
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example, Sequence
+from tunesmith.errors import DataError, RecipeError
+
+Reads = Literal["logprobs", "outputs", "hidden", "divergences"]
 
 
 @dataclass(frozen=True)
 class Readout:
-    """What an objective reads of the model: log-probabilities at the targets of a pack, and where they belong."""
+    """What an objective reads of the model, and where it belongs.
 
-    logprob_N: Tensor
+    `value` is logprob_N, the log-probabilities at the targets of a pack; or output_NK, the head's outputs, or hidden_ND,
+    hidden states, at the tokens that are read. `divergence_N` is how far the targets' distributions are from a teacher's.
+    """
+
+    value: Tensor
     weight_N: Tensor
     sequence_N: Tensor
     num_sequences: int
+    divergence_N: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,14 +54,74 @@ class Objective(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     summary: ClassVar[str] = ""
+    whole_units: ClassVar[bool] = False  # the sequences of a unit are read together, so they stay in one pack
+
+    @property
+    def kind_name(self) -> str:
+        """What recipes call it."""
+        return str(self.model_dump(include={"kind"})["kind"])
+
+    @property
+    def reads(self) -> Reads:
+        """What `loss` is given: log-probabilities of the targets, the head's outputs, hidden states, or how far the
+        distribution of each target is from a teacher's."""
+        return "outputs" if self.num_outputs else "logprobs"
+
+    @property
+    def num_outputs(self) -> int:
+        """K, the outputs of its head; 0 for none: it reads log-probabilities."""
+        return 0
+
+    def for_model(self, *, encoder: bool) -> Self:
+        """The objective with what depends on the kind of base filled in. RecipeError where the two do not go together."""
+        if encoder:
+            raise RecipeError(
+                f"objective '{self.kind_name}' predicts the next token, and this base is an encoder",
+                hint="use objective: classification, regression, token_classification or contrastive, or another base",
+            )
+        return self
+
+    def fitted(self, examples: Iterable[tuple[Example, bool]]) -> Self:
+        """The objective with what it takes from the data filled in: labels, scales.
+
+        `examples` are all rows that may be used, each with whether it is trained on.
+        """
+        return self
+
+    @property
+    def num_new_tokens(self) -> int:
+        """How many tokens the tokenizer gains before anything is prepared."""
+        return 0
 
     @abstractmethod
     def sequences(self, examples: list[Example], *, template: ChatTemplate, max_tokens: int) -> list[list[Sequence]]:
         """For each example, what is read and trained. Raises TemplateError or DataError naming the row."""
 
+    @property
+    def teacher_base(self) -> str | None:
+        """The model whose distributions are learned, None where there is none."""
+        return None
+
+    @property
+    def divergence_options(self) -> dict[str, Any]:
+        """How the distance from a teacher is measured, where there is one."""
+        return {}
+
+    def rate_factors(self) -> dict[str, float]:
+        """Factors on the learning rate of parameters of its own, by name."""
+        return {}
+
+    def cut(self, sequence: Sequence, *, num_tokens: int) -> Sequence:
+        """The beginning of a sequence that is too long, where the recipe allows to truncate."""
+        return sequence.cut(num_tokens)
+
     def units(self, sequences: list[Sequence]) -> list[list[Sequence]]:
         """How the sequences of one example are shuffled and counted as rows of a step: together."""
         return [sequences]
+
+    def groups(self, values: Iterable[np.ndarray]) -> np.ndarray | None:
+        """Rows [G, M] that are learned from together, in the place of single ones, from their values; None for single."""
+        return None
 
     def count(self, pack: Pack) -> float:
         """What the pack adds to the divisor, known before the forward pass."""
@@ -78,6 +149,11 @@ class Totals:
         return self.sums[name] / self.counts[name]
 
 
+def row_error(example: Example, message: str, *, hint: str) -> DataError:
+    """A DataError at the row's place."""
+    return DataError(message, file=example.origin.file, line=example.origin.line, hint=hint)
+
+
 def cross_entropy(readout: Readout, pack: Pack, *, count: float) -> Loss:
     """Weighted negative log-likelihood of the targets: sum_n -w_n logprob_n over sum_n w_n."""
-    return Loss(torch.sum(-readout.logprob_N * readout.weight_N), count, {})
+    return Loss(torch.sum(-readout.value * readout.weight_N), count, {})

@@ -11,8 +11,7 @@ from typing import ClassVar, Literal
 from tunesmith.data.pack import Pack
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example, Sequence
-from tunesmith.errors import DataError
-from tunesmith.objectives.base import Loss, Objective, Readout, cross_entropy
+from tunesmith.objectives.base import Loss, Objective, Readout, cross_entropy, row_error
 
 
 class Instruction(Objective):
@@ -25,11 +24,13 @@ class Instruction(Objective):
         """The rendered conversations; a row longer than `max_tokens` is returned whole and settled by the caller."""
         for example in examples:
             if not example.messages:
-                raise DataError(
-                    "objective 'instruction' trains on prompts and answers and this row is plain text",
-                    file=example.origin.file,
-                    line=example.origin.line,
-                    hint="use objective: causal, or map columns with data.mapping: {prompt: COLUMN, completion: COLUMN}",
+                labelled = example.label is not None
+                found = f"of the form '{example.form}'" if labelled else "plain text"
+                other = "classification" if labelled else "causal"
+                raise row_error(
+                    example,
+                    f"objective 'instruction' trains on prompts and answers and this row is {found}",
+                    hint=f"use objective: {other}, or map columns with data.mapping: {{prompt: COLUMN, completion: COLUMN}}",
                 )
         return template.sequences(examples)
 

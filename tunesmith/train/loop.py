@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.data.pack import Pack, build_packs
+from tunesmith.data.pack import Pack, build_packs, build_unit_packs
 from tunesmith.data.tokens import TokenStore
 from tunesmith.data.types import Sequence
 from tunesmith.errors import Interrupted, NumericalError
 from tunesmith.methods.base import Method, num_trainable, trainable
 from tunesmith.models.blocks import num_frozen_blocks
 from tunesmith.models.load import Model
+from tunesmith.models.readout import target_divergences
 from tunesmith.objectives.base import Loss, Objective, Readout, Totals
 from tunesmith.train import checkpoint
 from tunesmith.train.features import FrozenFeatures, open_features
@@ -83,13 +84,42 @@ class FitResult:
     peak_memory_bytes: int
 
 
-def forward(model: Model, pack: Pack, *, objective: Objective, features: FrozenFeatures | None = None) -> Loss:
+def forward(
+    model: Model,
+    pack: Pack,
+    *,
+    objective: Objective,
+    features: FrozenFeatures | None = None,
+    teacher: Model | None = None,
+) -> Loss:
     """One pack through the model and the objective; `features` are what its frozen blocks gave before."""
-    logprob_N = model.target_logprobs(pack, hidden_TD=None if features is None else features.hidden(model, pack))
-    device = logprob_N.device
-    weight_N = torch.from_numpy(pack.weight_N).to(device, logprob_N.dtype)
-    readout = Readout(logprob_N, weight_N, torch.from_numpy(pack.sequence_N).to(device), len(pack.rows_S))
+    hidden_TD = model.hidden(model.attention(pack)) if features is None else features.hidden(model, pack)
+    read = {"outputs": model.outputs_at, "hidden": model.hidden_at}.get(objective.reads, model.target_logprobs)
+    value = read(pack, hidden_TD=hidden_TD)
+    weight_N = torch.from_numpy(pack.weight_N).to(value.device, value.dtype)
+    sequence_N = torch.from_numpy(pack.sequence_N).to(value.device)
+    divergence_N = None
+    if objective.reads == "divergences":
+        assert teacher is not None, "an objective that reads divergences has a teacher"
+        divergence_N = divergences(model, pack, hidden_TD=hidden_TD, objective=objective, teacher=teacher)
+    readout = Readout(value, weight_N, sequence_N, len(pack.rows_S), divergence_N)
     return objective.loss(readout, pack)
+
+
+def divergences(model: Model, pack: Pack, *, hidden_TD: Tensor, objective: Objective, teacher: Model) -> Tensor:
+    """How far each target's distribution [N] is from the teacher's, who reads the same pack."""
+    with torch.no_grad():
+        teacher_TD = teacher.hidden(teacher.attention(pack))
+    source_N = torch.from_numpy(pack.source_N).to(hidden_TD.device)
+    return target_divergences(
+        hidden_TD.index_select(0, source_N),
+        head=model.head,
+        softcap=model.softcap,
+        teacher_ND=teacher_TD.index_select(0, source_N),
+        teacher_head=teacher.head,
+        teacher_softcap=teacher.softcap,
+        **objective.divergence_options,
+    )
 
 
 def autocast(model: Model, settings: TrainSettings) -> contextlib.AbstractContextManager[Any]:
@@ -128,9 +158,10 @@ class Fit:
         settings: TrainSettings,
         folder: Path,
         observer: Observer,
+        teacher: Model | None = None,
     ):
         self.model, self.method, self.objective, self.settings = model, method, objective, settings
-        self.train, self.validation = train, validation
+        self.train, self.validation, self.teacher = train, validation, teacher
         self.folder, self.observer = folder / "checkpoints", observer
         self.peak = settings.learning_rate or method.learning_rate
         self.parameters = trainable(model)
@@ -138,7 +169,7 @@ class Fit:
             self.parameters,
             settings=settings,
             not_matrices=model.vocabulary_weights(),
-            rate_factors=method.rate_factors(model),
+            rate_factors=method.rate_factors(model) | objective.rate_factors(),
         )
         self.num_steps = num_steps(len(train), settings=settings)
         tenth = max(1, self.num_steps // 10)
@@ -231,8 +262,8 @@ class Fit:
 
     def _packs(self, units: list[int]) -> list[Pack]:
         rows = self.train if self.features is None else self.features
-        sequences = [sequence for unit in units for sequence in rows.unit(unit)]
-        return list(build_packs(sequences, max_tokens=self.settings.tokens_at_a_time(self.model.device.type)))
+        found = [rows.unit(unit) for unit in units]
+        return list(packed(found, model=self.model, settings=self.settings, whole=self.objective.whole_units))
 
     def _step(self, packs: list[Pack], units: list[int]) -> dict[str, float]:
         """One optimiser step. A signal before the update saves and raises: nothing has changed then."""
@@ -248,7 +279,7 @@ class Fit:
                 self._interrupted()
             torch.manual_seed(seed_for(seed=self.settings.seed, step=self.progress.step, pack=index))
             with autocast(self.model, self.settings):
-                loss = forward(self.model, pack, objective=self.objective, features=self.features)
+                loss = forward(self.model, pack, objective=self.objective, features=self.features, teacher=self.teacher)
             (loss.sum / total).backward()
             loss_sum += float(loss.sum.detach())
         norm = self._clip()
@@ -280,7 +311,7 @@ class Fit:
             total = 0.0
             for pack in self._packs([unit]):
                 with autocast(self.model, self.settings):
-                    loss = forward(self.model, pack, objective=self.objective)
+                    loss = forward(self.model, pack, objective=self.objective, teacher=self.teacher)
                 loss.sum.backward()
                 total += float(loss.sum.detach())
             gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -312,6 +343,7 @@ class Fit:
             self.validation if self.validation_features is None else self.validation_features,
             objective=self.objective,
             settings=self.settings,
+            teacher=self.teacher,
             interrupted=lambda: self.signal_number is not None,
         )
         if totals is None:
@@ -329,7 +361,8 @@ class Fit:
         progress.rising = progress.rising + 1 if falling and worse else 0
         progress.last_recent, progress.recent, progress.validation_loss = recent, [], loss
         progress.validated_step = progress.step
-        self.observer.validation({"step": progress.step, "validation_loss": loss})
+        metrics = {f"validation_{name}": totals.mean(name) for name in totals.sums if name != "loss"}
+        self.observer.validation({"step": progress.step, "validation_loss": loss} | metrics)
         if progress.rising == 2:
             self.observer.message(
                 "training loss falls while validation loss rises: the model is learning the rows by heart. "
@@ -389,13 +422,28 @@ class Fit:
                 parameter.copy_(tensors[f"model/{name}"])
 
 
-def batches(store: TokenStore | FrozenFeatures, *, max_tokens: int, units_at_a_time: int = 256) -> Iterator[Pack]:
+def packed(
+    units: list[list[Sequence]], *, model: Model, settings: TrainSettings, whole: bool = False
+) -> Iterator[Pack]:
+    """Packs of as many tokens as the settings put through the model at a time; `whole`: a unit stays in one."""
+    limits = {"max_tokens": settings.tokens_at_a_time(model.device.type), "min_shared": model.min_shared_tokens}
+    if whole:
+        return build_unit_packs(units, **limits)
+    return build_packs([sequence for unit in units for sequence in unit], **limits)
+
+
+def batches(
+    store: TokenStore | FrozenFeatures,
+    *,
+    model: Model,
+    settings: TrainSettings,
+    whole: bool = False,
+    units_at_a_time: int = 256,
+) -> Iterator[Pack]:
     """All units of a store as packs, in order, a bounded number held at a time."""
     for start in range(0, len(store), units_at_a_time):
-        sequences: list[Sequence] = []
-        for unit in range(start, min(start + units_at_a_time, len(store))):
-            sequences += store.unit(unit)
-        yield from build_packs(sequences, max_tokens=max_tokens)
+        units = [store.unit(unit) for unit in range(start, min(start + units_at_a_time, len(store)))]
+        yield from packed(units, model=model, settings=settings, whole=whole)
 
 
 def evaluate_loss(
@@ -404,6 +452,7 @@ def evaluate_loss(
     *,
     objective: Objective,
     settings: TrainSettings,
+    teacher: Model | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Totals | None:
     """Mean loss over a store; None when interrupted. Dropout is off."""
@@ -412,11 +461,11 @@ def evaluate_loss(
     was_training = model.causal.training
     model.causal.eval()
     with torch.no_grad():
-        for pack in batches(store, max_tokens=settings.tokens_at_a_time(model.device.type)):
+        for pack in batches(store, model=model, settings=settings, whole=objective.whole_units):
             if interrupted():
                 return None
             with autocast(model, settings):
-                loss = forward(model, pack, objective=objective, features=features)
+                loss = forward(model, pack, objective=objective, features=features, teacher=teacher)
             totals.add("loss", sum=float(loss.sum), count=loss.count)
             for name, (value, count) in loss.metrics.items():
                 totals.add(name, sum=value, count=count)

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class TrainSettings(BaseModel):
@@ -50,6 +50,11 @@ class TrainSettings(BaseModel):
     def tokens_at_a_time(self, device: str) -> int:
         """`micro_batch_tokens`, or what suits the type of device: more gain nothing on a CPU (docs/log.md)."""
         return self.micro_batch_tokens or (8192 if device == "cuda" else 1536)
+
+    @field_validator("reuse_frozen", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads a bare off as false
 
     @model_validator(mode="after")
     def _warmup_is_share_or_count(self) -> "TrainSettings":

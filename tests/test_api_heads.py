@@ -1,0 +1,251 @@
+"""Runs with a head as Python functions: what is served is what was trained, and what a comparison leaves out is counted."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tunesmith import api
+from tunesmith.data.answers import NO_ANSWER, Classes, Numbers
+from tunesmith.data.types import Example, Message, Origin
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.evaluate.settings import EvaluateSettings
+from tunesmith.models.load import Model
+from tunesmith.recipe import load_recipe, parse_recipe
+from tunesmith.registry.workspace import Workspace
+
+COLOURS = ("red", "green")
+TEXTS = [{"text": f"{i} looks {COLOURS[i % 2]}", "label": COLOURS[i % 2]} for i in range(30)]
+TUNED = {"max_steps": 8, "batch_rows": 8, "learning_rate": 0.02}
+Tune = Callable[..., api.Run]
+
+
+@pytest.fixture
+def tune(build_model: Callable[..., Model], tmp_path: Path) -> Tune:
+    """`tune(rows, base=..., **sections)`: a run on a toy base."""
+
+    def tune(rows: list[dict[str, Any]], *, base: str = "llama", **sections: Any) -> api.Run:
+        (tmp_path / "base").mkdir()
+        build_model(base, dtype=torch.float32).save(tmp_path / "base")
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        recipe = {
+            "base": str(tmp_path / "base"),
+            "objective": "classification",
+            "method": {"kind": "lora", "rank": 4},
+            "train": TUNED,
+        }
+        data = {"train": str(tmp_path / "rows.jsonl"), "validation": 0.4} | sections.pop("data", {})
+        (tmp_path / "toy.yaml").write_text(json.dumps(recipe | {"data": data} | sections), "utf-8")
+        return api.tune(tmp_path / "toy.yaml", workspace=Workspace(tmp_path / "w"))
+
+    return tune
+
+
+def evaluate(run: api.Run, **given: Any) -> dict[str, Any]:
+    return api.evaluate(run, workspace=Workspace(run.path.parents[1]), **given).as_dict()
+
+
+def probabilities(predicted: Classes | Numbers) -> np.ndarray:
+    assert isinstance(predicted, Classes)
+    return predicted.probability_BK
+
+
+def test_a_text_is_served_as_the_conversations_that_were_trained(tune: Tune) -> None:
+    rows = [{"prompt": row["text"], "completion": row["label"]} for row in TEXTS]
+    tuned = api.load(tune(rows, data={"system": "Which colour?"}))
+    turns = (Message("system", "Which colour?"), Message("user", "5 looks red"), Message("assistant", "red"))
+    trained = tuned.predict_examples([Example(Origin("a", 1), "prompt_completion", turns)])
+    assert np.array_equal(probabilities(tuned.predict(["5 looks red"])), probabilities(trained))
+    plain = tuned.predict_examples([Example(Origin("a", 1), "text", text="5 looks red")])
+    assert not np.array_equal(probabilities(plain), probabilities(trained))
+
+
+def test_a_text_is_served_as_the_texts_that_were_trained(tune: Tune) -> None:
+    tuned = api.load(tune(TEXTS))
+    trained = tuned.predict_examples([Example(Origin("a", 1), "labelled", text="5 looks red", label="red")])
+    assert np.array_equal(probabilities(tuned.predict(["5 looks red"])), probabilities(trained))
+
+
+@pytest.mark.parametrize("objective", ["classification", "regression"])
+def test_what_frozen_blocks_gave_serves_a_head_as_well(tune: Tune, tmp_path: Path, objective: str) -> None:
+    rows = [{"text": row["text"], "label": i % 5} for i, row in enumerate(TEXTS)]
+    how = {"objective": objective, "method": {"kind": "layers", "last": 1}}
+    kept = tune(rows, **how, train=TUNED | {"max_steps": 6})
+    recipe = load_recipe(tmp_path / "toy.yaml", overrides=["train.reuse_frozen=off"])
+    anew = api.tune(recipe, workspace=Workspace(tmp_path / "w"))
+    losses = []
+    for run in (kept, anew):
+        lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text("utf-8").splitlines()]
+        losses.append([line.get("loss", line.get("validation_loss")) for line in lines])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert kept.summary["steps"] * 8 > kept.summary["rows"]  # rows are seen again
+
+
+@pytest.mark.parametrize("base", ["bert", "modernbert"])
+def test_an_encoder_reads_prompts_between_its_marks(tune: Tune, base: str) -> None:
+    run = tune([{"prompt": row["text"], "completion": row["label"]} for row in TEXTS], base=base)
+    tuned = api.load(run)
+    turns = (Message("user", "5 looks red"), Message("assistant", "red"))
+    asked = Example(Origin("a", 1), "prompt_completion", turns)
+    objective = run.recipe.objective
+    (read,) = objective.read([asked], template=tuned.template)  # type: ignore[attr-defined]
+    tokenizer = tuned.template.tokenizer
+    assert read.tokens_T.tolist() == tokenizer.backend.encode("5 looks red", add_special_tokens=True).ids
+    assert np.array_equal(probabilities(tuned.predict(["5 looks red"])), probabilities(tuned.predict_examples([asked])))
+    assert evaluate(run)["systems"] == ["tuned", "majority"]
+
+
+def test_rows_that_the_base_cannot_be_asked_are_left_out_for_all_and_counted(tune: Tune) -> None:
+    """GPT-2 has no place behind its context; the head alone would have read these rows."""
+    rows = [{"text": f"{i} " + "x" * (110 + i % 14), "label": "abc"[i % 3] * 3} for i in range(40)]
+    run = tune(rows, base="gpt2")
+    document = evaluate(run, settings=EvaluateSettings(against=("base",)))
+    whole = evaluate(run, settings=EvaluateSettings(against=("majority",)))
+    assert whole["left_out_rows"] == 0
+    assert document["left_out_rows"] > 0
+    assert document["rows"] + document["left_out_rows"] == whole["rows"]
+
+
+def test_what_the_validation_rows_say_is_saved_and_used(tune: Tune) -> None:
+    run = tune(TEXTS, objective={"kind": "classification", "right_share": 0.6})
+    document = json.loads((run.path / "model" / "head.json").read_text("utf-8"))
+    assert document["calibration"].keys() == {"temperature", "threshold"}
+    assert document["objective"]["labels"] == ["green", "red"]
+    tuned = api.load(run)
+    assert tuned.head["calibration"] == document["calibration"]
+    sure = max(row.max() for row in probabilities(tuned.predict([row["text"] for row in TEXTS])))
+    document["calibration"]["threshold"] = float(sure) + 1e-6
+    (run.path / "model" / "head.json").write_text(json.dumps(document), "utf-8")
+    assert set(api.load(run).predict([row["text"] for row in TEXTS]).texts()) == {NO_ANSWER}
+    metrics = evaluate(run, settings=EvaluateSettings(against=("majority",), metrics=("answered", "accuracy")))[
+        "metrics"
+    ]
+    assert metrics["answered"]["systems"]["tuned"]["value"] == metrics["accuracy"]["systems"]["tuned"]["value"] == 0.0
+    assert metrics["answered"]["systems"]["majority"]["value"] == 1.0
+
+
+def test_without_validation_rows_nothing_is_calibrated(tune: Tune) -> None:
+    rows = [{"text": row["text"], "label": i} for i, row in enumerate(TEXTS)]
+    run = tune(rows, objective="regression", data={"validation": None})
+    tuned = api.load(run)
+    assert tuned.head["calibration"] == {}
+    (document,) = tuned.predict(["5 looks red"]).documents()
+    assert document.keys() == {"estimate"}
+    with pytest.raises(DataError, match="holds no rows back"):
+        evaluate(run)
+
+
+def test_a_share_of_right_answers_needs_validation_rows() -> None:
+    text = "data: {train: a.jsonl, validation: null}\nobjective: {kind: classification, right_share: 0.9}\n"
+    with pytest.raises(RecipeError, match=r"objective\.right_share has no effect because data\.validation is null"):
+        parse_recipe(text, file=Path("toy.yaml"))
+
+
+def test_rows_of_another_file_may_have_classes_that_are_not_known(tune: Tune, tmp_path: Path) -> None:
+    run = tune(TEXTS)
+    path = tmp_path / "other.jsonl"
+    rows = [{"text": f"{i}?", "label": label} for i, label in enumerate(["red", "blue", "green", "blue"])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    document = evaluate(run, data=path, settings=EvaluateSettings(against=("majority",)))
+    assert document["rows"] == 4
+    assert document["metrics"]["accuracy"]["systems"]["tuned"]["value"] <= 0.5
+    path.write_text('{"text": "1?"}\n{"text": "2?"}\n', "utf-8")
+    with pytest.raises(DataError, match="a text and no label"):
+        evaluate(run, data=path, settings=EvaluateSettings(against=("majority",)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (EvaluateSettings(against=("median",)), "'median'"),
+        (EvaluateSettings(metrics=("perplexity",), against=("majority",)), "'perplexity' does not fit"),
+        (EvaluateSettings(metrics=("mae",), against=("majority",)), "'mae' does not fit"),
+    ],
+)
+def test_what_does_not_fit_a_head_is_refused_by_name(tune: Tune, settings: EvaluateSettings, words: str) -> None:
+    with pytest.raises(RecipeError, match=words) as error:
+        evaluate(tune(TEXTS), settings=settings)
+    assert error.value.hint
+
+
+def test_only_a_run_with_a_head_predicts(tune: Tune) -> None:
+    rows = [{"prompt": row["text"], "completion": row["label"]} for row in TEXTS]
+    run = tune(rows, objective="instruction")
+    with pytest.raises(RecipeError, match="'instruction' has no head to read"):
+        api.load(run).predict(["a"])
+    with pytest.raises(RecipeError, match="'majority' writes no text"):
+        evaluate(run, settings=EvaluateSettings(against=("majority",)))
+    settings = EvaluateSettings(metrics=("accuracy",), against=("base",))
+    with pytest.raises(RecipeError, match="'accuracy' reads a head") as error:
+        evaluate(run, settings=settings)
+    assert error.value.hint
+
+
+# ---------------------------------------------------------------------------------------------------------- taking away
+
+
+WORDS = [{"words": [str(i), COLOURS[i % 2]], "tags": ["O", "B-COLOUR"]} for i in range(30)]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+@pytest.mark.parametrize(
+    ("rows", "objective"),
+    [
+        (TEXTS, "classification"),
+        (TEXTS, {"kind": "contrastive", "pairs": 2}),
+        ([row | {"label": i / 4} for i, row in enumerate(TEXTS)], "regression"),
+        (WORDS, "token_classification"),
+    ],
+    ids=["classification", "contrastive", "regression", "token_classification"],
+)
+def test_a_head_goes_along_as_transformers_own_class(
+    tune: Tune, tmp_path: Path, rows: Any, objective: Any, method: str
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+
+    run = tune(rows, objective=objective, method={"kind": method})
+    tuned = api.load(run)
+    out = api.export(run, form="merged", out=tmp_path / "out", workspace=Workspace(tmp_path / "w"))
+    document = json.loads((out / "head.json").read_text("utf-8"))
+    tokens = objective == "token_classification"
+    model: Any = (AutoModelForTokenClassification if tokens else AutoModelForSequenceClassification).from_pretrained(
+        out
+    )
+    text = "5 red" if tokens else "5 looks red"
+    tokenizer = tuned.template.tokenizer
+    ids = [*tokenizer.begin_ids, *tokenizer.encode_text([text])[0], *tokenizer.end_ids]
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([ids])).logits[0].double().numpy()
+    said: Any = tuned.predict([text])
+    if objective == "regression":
+        knobs = document["objective"]
+        assert logits[0] * knobs["spread"] + knobs["centre"] == pytest.approx(said.estimate_B[0], rel=1e-4)
+    elif tokens:
+        names = [model.config.id2label[int(k)] for k in logits.argmax(-1)]
+        assert [names[i] for i in (len(tokenizer.begin_ids), len(ids) - len(tokenizer.end_ids) - 1)] == list(
+            said.rows[0]
+        )
+    else:
+        chance = torch.from_numpy(logits / document["calibration"]["temperature"]).softmax(-1).numpy()
+        assert dict(enumerate(said.labels)) == model.config.id2label
+        assert chance == pytest.approx(said.probability_BK[0], abs=1e-4)
+    assert AutoTokenizer.from_pretrained(out)
+
+
+def test_what_transformers_would_read_otherwise_is_not_written(tune: Tune, tmp_path: Path) -> None:
+    run = tune(TEXTS, objective={"kind": "classification", "pooling": "mean"})
+    for form, message in (("merged", "reads a sequence at its last token"), ("peft", "has a head for classification")):
+        with pytest.raises(RecipeError, match=message) as error:
+            api.export(run, form=form, out=tmp_path / "out", workspace=Workspace(tmp_path / "w"))
+        assert error.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_encoders_sequences_are_not_exported(tune: Tune, tmp_path: Path) -> None:
+    run = tune(TEXTS, base="bert")
+    with pytest.raises(RecipeError, match="through another layer"):
+        api.export(run, form="merged", out=tmp_path / "out", workspace=Workspace(tmp_path / "w"))

@@ -1,0 +1,240 @@
+"""A tuned head against what needs no tuning: its base asked in words, and constants.
+
+The base answers a classification by the likelihood of the classes' names as the assistant's turn, with and without training
+examples in the prompt; nothing but a name of a class can come out:
+
+    p(k | x) = p(name_k | prompt(x)) / sum_j p(name_j | prompt(x))
+
+`majority` answers with the shares of the classes among the training rows, `median` and `mean` with one number for all rows.
+
+Shapes: B rows, K classes.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from tunesmith.data.answers import Answer, Classes, Numbers, Tags
+from tunesmith.data.pack import build_packs
+from tunesmith.data.template import ChatTemplate
+from tunesmith.data.types import Example, Message, Origin, Sequence
+from tunesmith.errors import RecipeError
+from tunesmith.evaluate.metrics import METRICS
+from tunesmith.evaluate.result import Answers, Evaluation, concluded, drawn
+from tunesmith.evaluate.run import PACK_TOKENS, System, prompt_messages
+from tunesmith.evaluate.settings import EvaluateSettings
+from tunesmith.models.load import Model
+from tunesmith.objectives.classification import Classification
+from tunesmith.objectives.headed import Headed, label_of
+from tunesmith.objectives.regression import Regression
+from tunesmith.objectives.token_classification import TokenClassification
+
+ROWS_AT_A_TIME = 64
+
+
+def in_words(example: Example, *, system: str | None) -> Example:
+    """A labelled text as a conversation in which the assistant answers with the class."""
+    if example.messages:
+        return example
+    label = label_of(example)
+    answer = label if isinstance(label, str) else ", ".join(label)
+    lead = (Message("system", system),) if system else ()
+    turns = (*lead, Message("user", example.text or ""), Message("assistant", answer))
+    return Example(example.origin, "prompt_completion", turns)
+
+
+def named_classes(
+    system: System, examples: list[Example], *, objective: Classification, template: ChatTemplate
+) -> Classes:
+    """What the model says of conversations when it can answer with nothing but a class's name."""
+    assert objective.labels is not None
+    prompts = [
+        template.prompt(prompt_messages(e, shots=system.shots, plain=template.plain), tools=e.tools).ids
+        for e in examples
+    ]
+    names = _names(examples[0], shots=system.shots, labels=objective.labels, template=template)
+    logprob_BK = np.zeros((len(examples), len(names)))
+    with system.switched():
+        for start in range(0, len(examples), ROWS_AT_A_TIME):
+            some = prompts[start : start + ROWS_AT_A_TIME]
+            logprob_BK[start : start + len(some)] = _likelihoods(system.model, some, names)
+    probability_BK = torch.from_numpy(logprob_BK).softmax(-1).numpy()
+    return objective.decided(probability_BK)
+
+
+def that_fit(
+    examples: list[Example],
+    *,
+    worded: Callable[[Example], Example],
+    shots: tuple[Example, ...],
+    objective: Classification,
+    template: ChatTemplate,
+    room_tokens: int,
+) -> list[Example]:
+    """The rows whose prompt in words, with the name of every class behind it, fits into the context."""
+    assert objective.labels is not None
+    kept: list[Example] = []
+    for example in examples:
+        asked = worded(example)
+        if not kept:  # how a class is written does not depend on the row
+            names = _names(asked, shots=shots, labels=objective.labels, template=template)
+        prompt = template.prompt(prompt_messages(asked, shots=shots, plain=template.plain), tools=example.tools).ids
+        if len(prompt) + max(map(len, names)) <= room_tokens:
+            kept.append(example)
+    return kept
+
+
+def _names(
+    example: Example, *, shots: tuple[Example, ...], labels: tuple[str, ...], template: ChatTemplate
+) -> list[np.ndarray]:
+    """Token ids of each class's name as the assistant's turn, its end included."""
+    prompt = prompt_messages(example, shots=shots, plain=template.plain)
+    read = tuple(Message(m.role, m.content, 0.0, m.extra) for m in prompt)
+    asked = [Example(Origin("class", 1), "chat", (*read, Message("assistant", label))) for label in labels]
+    start = len(template.prompt(prompt).ids)
+    return [sequences[-1].tokens_T[start:] for sequences in template.sequences(asked)]
+
+
+def _likelihoods(model: Model, prompts: list[list[int]], names: list[np.ndarray]) -> np.ndarray:
+    """log p(name | prompt), [B, K]."""
+    sequences = []
+    for row, prompt in enumerate(prompts):
+        for k, name_T in enumerate(names):
+            tokens_T = np.concatenate([np.array(prompt, np.int32), name_T])
+            weight_T = np.concatenate([np.zeros(len(prompt), np.float32), np.ones(len(name_T), np.float32)])
+            sequences.append(Sequence(tokens_T, weight_T, row * len(names) + k))
+    total = np.zeros(len(sequences))
+    with torch.no_grad():
+        for pack in build_packs(sequences, max_tokens=PACK_TOKENS):
+            logprob_N = model.target_logprobs(pack).double().cpu().numpy()
+            np.add.at(total, pack.rows_S[pack.sequence_N], logprob_N)
+    return total.reshape(len(prompts), len(names))
+
+
+def baseline(name: str, rows: list[Example], *, objective: Headed, train: Iterable[Example]) -> Answer:
+    """What a constant says of every row."""
+    num_rows = len(rows)
+    if isinstance(objective, Classification) and name == "majority":
+        truth_BK = objective.truth(list(train))
+        share_K = truth_BK.mean(0)
+        return objective.decided(np.tile(share_K if objective.several else share_K / share_K.sum(), (num_rows, 1)))
+    if isinstance(objective, Regression) and name in ("mean", "median"):
+        numbers = np.array([objective.number(example) for example in train])
+        middle = numbers.mean() if name == "mean" else np.median(numbers)
+        low, _, high = np.quantile(numbers, objective.quantiles)
+        middle_B, low_B, high_B = (np.full(num_rows, value) for value in (middle, low, high))
+        return Numbers(middle_B, low_B, high_B, coverage=objective.coverage)
+    if isinstance(objective, TokenClassification) and name == "majority":
+        counts = Counter(tag for example in train for tag in example.label or ())
+        tag = max(counts, key=lambda found: (counts[found], found))
+        return Tags(tuple((tag,) * len(example.words) for example in rows))
+    known = ", ".join(objective.baselines)
+    raise RecipeError(
+        f"evaluate.against: '{name}' is nothing to compare a {objective.kind_name} with", hint=f"there are {known}"
+    )
+
+
+def systems_of(objective: Headed, *, settings: EvaluateSettings, speaks: bool) -> tuple[str, ...]:
+    """What the tuned model is compared with. RecipeError for what cannot be; `speaks`: the base predicts text."""
+    in_words = isinstance(objective, Classification) and not objective.several and speaks
+    if settings.against is None:
+        return (("base", "few_shot") if in_words else ()) + objective.baselines
+    for name in settings.against:
+        if name in ("base", "few_shot") and not in_words:
+            raise RecipeError(
+                f"evaluate.against: '{name}' cannot answer here: this base has no head for a {objective.kind_name}",
+                hint=f"there are {', '.join(objective.baselines)}",
+            )
+    return settings.against
+
+
+def truth_of(objective: Headed, examples: list[Example]) -> Any:
+    """[B, K] bool of a classification, [B] of a regression, the tags of each row of a token classification."""
+    if isinstance(objective, TokenClassification):
+        return [example.label for example in examples]
+    if isinstance(objective, Regression):
+        return np.array([objective.number(example) for example in examples])
+    assert isinstance(objective, Classification)
+    return objective.truth(examples)
+
+
+def evaluate_heads(
+    systems: dict[str, Callable[[list[Example]], Answer]],
+    *,
+    examples: list[Example],
+    objective: Headed,
+    settings: EvaluateSettings,
+    run: str,
+    data: str,
+    num_shots: int = 0,
+    num_left_out: int = 0,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> Evaluation:
+    """Let every system say what it makes of every row, and compare the first with the others."""
+    kept = drawn(examples, settings=settings)
+    truth = truth_of(objective, kept)
+    answers: dict[str, Answers] = {}
+    for name, predict in systems.items():
+        on_progress(f"{name}: {len(kept):,} rows")
+        started = time.perf_counter()
+        predicted = predict(kept)
+        answers[name] = Answers(predicted.texts(), predicted=predicted, seconds=time.perf_counter() - started)
+    references = [_written(e) for e in kept]
+    scores: dict[str, dict[str, np.ndarray]] = {}
+    for name in _metrics(objective, settings=settings, answers=answers):
+        metric = METRICS[name]
+        scores[name] = {
+            system: metric.score_rows(a.texts or [], references)
+            if metric.reads == "text"
+            else metric.score_rows(predicted=a.predicted, truth=truth)
+            for system, a in answers.items()
+        }
+    return concluded(
+        answers,
+        scores,
+        examples=kept,
+        prompts=[_shown(example) for example in kept],
+        references=references,
+        settings=settings,
+        run=run,
+        data=data,
+        num_shots=num_shots,
+        num_left_out=num_left_out,
+    )
+
+
+def _written(example: Example) -> str:
+    label = label_of(example)
+    if isinstance(label, str):
+        return label
+    return " ".join(label) if example.words else ", ".join(sorted(label))
+
+
+def _shown(example: Example) -> list[Message]:
+    if example.messages:
+        return list(example.messages[:-1])
+    return [Message("user", example.text if example.text is not None else " ".join(example.words))]
+
+
+def _metrics(objective: Headed, *, settings: EvaluateSettings, answers: dict[str, Answers]) -> tuple[str, ...]:
+    """The metrics of the recipe, or those of the objective for which everything is known."""
+    reads = METRICS[objective.metrics[0]].reads
+    if settings.metrics is not None:
+        for name in settings.metrics:
+            if METRICS[name].reads not in (reads, "text"):
+                fitting = ", ".join(n for n, m in METRICS.items() if m.reads == reads)
+                raise RecipeError(
+                    f"evaluate.metrics: '{name}' does not fit a {objective.kind_name}", hint=f"there are {fitting}"
+                )
+        return settings.metrics
+    unknown = {
+        name
+        for name in ("coverage", "interval_width")
+        for a in answers.values()
+        if isinstance(a.predicted, Numbers) and not np.isfinite(a.predicted.low_B).all()
+    }
+    return tuple(name for name in objective.metrics if name not in unknown)

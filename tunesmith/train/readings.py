@@ -1,0 +1,86 @@
+"""What a model's head gives for many rows, and what held-out rows say about how to read it."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from tunesmith.data.answers import Answer, Floats, Tags
+from tunesmith.data.template import ChatTemplate
+from tunesmith.data.tokens import TokenStore
+from tunesmith.data.types import Example, Sequence
+from tunesmith.models.heads import attach_head, set_head
+from tunesmith.models.load import Model
+from tunesmith.objectives.base import Readout
+from tunesmith.objectives.contrastive import Contrastive
+from tunesmith.objectives.headed import Calibration, Headed
+from tunesmith.train.loop import autocast, packed
+from tunesmith.train.settings import TrainSettings
+
+UNITS_AT_A_TIME = 1024
+
+
+def read_sequences(
+    model: Model, objective: Headed, sequences: list[Sequence], *, settings: TrainSettings, states: bool = False
+) -> tuple[Floats, np.ndarray]:
+    """Outputs [M, K] of sequences, those of one after those of another, and how many each has, [B].
+
+    `states`: the hidden states [M, D] in their place.
+    """
+    numbered = [[replace(s, row=row)] for row, s in enumerate(sequences)]
+    found: list[np.ndarray] = [np.zeros((0, 0))] * len(sequences)
+    read = model.hidden_at if states else model.outputs_at
+    was_training = model.causal.training
+    model.causal.eval()
+    with torch.no_grad(), autocast(model, settings):
+        for pack in packed(numbered, model=model, settings=settings):
+            value = read(pack)
+            weight_N, sequence_N = (torch.from_numpy(x).to(value.device) for x in (pack.weight_N, pack.sequence_N))
+            output_MK, owner_M = objective.by_row(Readout(value, weight_N, sequence_N, len(pack.rows_S)))
+            outputs, owners = output_MK.double().cpu().numpy(), owner_M.cpu().numpy()
+            for sequence, row in enumerate(pack.rows_S.tolist()):
+                found[row] = outputs[owners == sequence]
+    model.causal.train(was_training)
+    return np.concatenate(found), np.array([len(part) for part in found])
+
+
+def read_store(
+    model: Model, objective: Headed, store: TokenStore, *, settings: TrainSettings, states: bool = False
+) -> tuple[Floats, list[np.ndarray]]:
+    """As `read_sequences`, of all rows of a store; and their values."""
+    rows, outputs, values = store.rows(), [], []
+    for start in range(0, len(rows), UNITS_AT_A_TIME):
+        some = [rows.unit(unit)[0] for unit in range(start, min(start + UNITS_AT_A_TIME, len(rows)))]
+        outputs.append(read_sequences(model, objective, some, settings=settings, states=states)[0])
+        values += [s.values for s in some if s.values is not None]
+    return np.concatenate(outputs), values
+
+
+def predict(
+    model: Model,
+    objective: Headed,
+    examples: list[Example],
+    *,
+    template: ChatTemplate,
+    settings: TrainSettings,
+    calibration: Calibration,
+) -> Answer:
+    """What the head says of rows, which need no label; what is longer than the context is cut."""
+    sequences = [objective.cut(s, num_tokens=model.room_tokens) for s in objective.read(examples, template=template)]
+    output_MK, counts = read_sequences(model, objective, sequences, settings=settings)
+    answer = objective.predictions(output_MK, calibration=calibration, counts=counts)
+    return answer.filled([len(e.words) for e in examples]) if isinstance(answer, Tags) else answer
+
+
+def finish_head(
+    model: Model, objective: Headed, *, train: TokenStore, validation: TokenStore | None, settings: TrainSettings
+) -> Calibration:
+    """Fit the head where the objective does so once training is over, and read off the validation rows what it means."""
+    if isinstance(objective, Contrastive):
+        state_BD, values = read_store(model, objective, train, settings=settings, states=True)
+        attach_head(model, num_outputs=objective.num_outputs)
+        set_head(model, weight_KD=torch.from_numpy(objective.fitted_head(state_BD, values)))
+    if validation is None or not validation.num_units:
+        return {}
+    outputs, values = read_store(model, objective, validation, settings=settings)
+    return objective.calibrated(outputs, values)
