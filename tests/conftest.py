@@ -7,6 +7,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,16 @@ ENCODER_CONFIGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 ENCODER_ARCHITECTURES = tuple(ENCODER_CONFIGS)
+PAIRS: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2,
+    "num_heads": 4, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "pad_token_id": 0,
+    "decoder_start_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+PAIR_CONFIGS: dict[str, dict[str, Any]] = {  # encoder-decoders
+    "t5": PAIRS,
+    "t5_gated": PAIRS | {"model_type": "t5", "feed_forward_proj": "gated-gelu", "num_decoder_layers": 3},
+    "mt5": PAIRS | {"feed_forward_proj": "gated-gelu"},
+}
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -189,7 +200,7 @@ def build_model(
 
     def build(architecture: str, *, dtype: torch.dtype = torch.float64, **config: Any) -> Model:
         path = folder / f"{architecture}.json"
-        made = (CONFIGS | ENCODER_CONFIGS)[architecture]
+        made = (CONFIGS | ENCODER_CONFIGS | PAIR_CONFIGS)[architecture]
         path.write_text(json.dumps({"model_type": architecture} | made | config), "utf-8")
         tokenizer = encoder_tokenizer_folder if architecture in ENCODER_CONFIGS else toy_tokenizer_folder
         model = load_model(NewBase(config=str(path), tokenizer=str(tokenizer), seed=5), dtype=dtype)
@@ -263,6 +274,33 @@ def tree_rows() -> list[Sequence]:
         make_sequence(tokens, first_trained=first, weight=weight, row=row)
         for row, (tokens, first, weight) in enumerate(zip(rows, trained, weights, strict=True))
     ]
+
+
+@pytest.fixture(scope="session")
+def pair_rows() -> list[Sequence]:
+    """Sources and targets of all lengths: equal ones, one token, one source twice, weights that differ."""
+    random = np.random.default_rng(13)
+    rows = []
+    for row, (read, written) in enumerate([(5, 3), (40, 20), (5, 9), (17, 4), (1, 1), (17, 0), (23, 2)]):
+        made = make_sequence([0, *random.integers(6, 262, written), 2], weight=(1.0, 0.5, 2.0)[row % 3], row=row)
+        rows.append(replace(made, encoder_T=random.integers(6, 262, read).astype(np.int32)))
+    rows.append(replace(make_sequence([0, 9, 10, 2], row=7), encoder_T=rows[1].encoder_T))
+    return rows
+
+
+@pytest.fixture(scope="session")
+def pair_twin() -> Callable[[Model], Any]:
+    """`pair_twin(model)`: transformers' own encoder-decoder with its own eager attention and the same weights."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    def build(model: Model) -> Any:
+        config = copy.deepcopy(model.causal.config)
+        twin = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager", dtype=model.causal.dtype)
+        twin.load_state_dict(model.causal.state_dict())
+        assert twin.encoder.config._attn_implementation == "eager"
+        return twin.eval()
+
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -61,6 +61,11 @@ def converse(run: str, *, system: str | None, sampling: dict[str, Any], workspac
     """Read turns from standard input and stream the answers to standard output, until /quit or the end of input."""
     drawn = _sampling(sampling)
     tuned = load(run, workspace=workspace)
+    if tuned.model.is_encoder_decoder:
+        raise RecipeError(
+            f"{tuned.run.name} answers one prompt at a time and holds no conversation: its base is an encoder-decoder",
+            hint="tunesmith generate RUN TEXT",
+        )
     messages = _start(tuned, system)
     interactive = sys.stdin.isatty()
     if interactive:

@@ -4,11 +4,10 @@ from pathlib import Path
 
 from tunesmith.data.check import CheckReport, check_file
 from tunesmith.data.settings import DataSettings
-from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.types import Example
 from tunesmith.errors import NotFoundError
-from tunesmith.models.base import context_tokens, resolve_base
+from tunesmith.models.base import context_tokens, read_config, resolve_base, template_for
 
 
 def read_template(path: Path) -> str:
@@ -35,7 +34,8 @@ def check_data(
         base = loaded.base if isinstance(loaded.base, str) else base
     folder = resolve_base(base)
     source = read_template(Path(settings.template)) if settings and settings.template else None
-    template = ChatTemplate(Tokenizer.from_folder(folder), source=source)
+    config = read_config(folder / "config.json")
+    template = template_for(Tokenizer.from_folder(folder), config=config, source=source)
     limit = (settings.max_tokens if settings else None) or context_tokens(folder) - taken
 
     def count(examples: list[Example]) -> list[tuple[int, int]]:
@@ -49,7 +49,7 @@ def check_data(
                 counts.append((min(limit, num_tokens), num_tokens - 1))
             else:
                 sequences = next(conversations)
-                counts.append((max(len(s.tokens_T) for s in sequences), sum(s.num_targets for s in sequences)))
+                counts.append((max(s.num_context_tokens for s in sequences), sum(s.num_targets for s in sequences)))
         return counts
 
     return check_file(file, against=against, settings=settings, count_tokens=count, max_tokens=limit)

@@ -37,6 +37,7 @@ from tunesmith.methods.combine import (
     updates_of,
 )
 from tunesmith.methods.several import Several, check_switchable
+from tunesmith.models.base import template_for
 from tunesmith.models.load import Model, load_model
 from tunesmith.registry.workspace import Workspace, check_recipe_name
 from tunesmith.runs import (
@@ -204,7 +205,8 @@ def template_of_run(run: Run, *, model: Model) -> ChatTemplate:
     saved = run.path / "model" / "chat_template.jinja"
     document = read_json(run.path / CONTRACT)
     source = saved.read_text("utf-8") if saved.is_file() else None
-    template = ChatTemplate(model.tokenizer, source=source, today=datetime.date.fromisoformat(document["today"]))
+    today = datetime.date.fromisoformat(document["today"])
+    template = template_for(model.tokenizer, config=model.causal.config.to_dict(), source=source, today=today)
     check_contract(document, template=template, file=run.path / CONTRACT)
     return template
 

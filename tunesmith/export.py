@@ -35,8 +35,10 @@ def _logits(model: Model, contract: dict[str, Any]) -> list[torch.Tensor]:
 
     found = []
     with torch.no_grad():
-        for ids in probe_ids(contract):
-            pack = build_pack([Sequence(np.array(ids, np.int32), np.zeros(len(ids), np.float32))])
+        for known in (s for probe in contract["probes"] for s in probe["sequences"]):
+            ids, read = np.array(known["ids"], np.int32), known.get("encoder_ids")
+            encoder_T = None if read is None else np.array(read, np.int32)
+            pack = build_pack([Sequence(ids, np.zeros(len(ids), np.float32), encoder_T=encoder_T)])
             hidden_TD = model.hidden(model.attention(pack))
             found.append(head_logits(hidden_TD[-POSITIONS:], head=model.head, softcap=model.softcap))
     return found

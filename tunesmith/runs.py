@@ -22,7 +22,7 @@ from tunesmith.data.types import Example
 from tunesmith.errors import DataError, NotFoundError, RecipeError, StorageError
 from tunesmith.evaluate.settings import RESOLVED
 from tunesmith.methods.base import num_trainable
-from tunesmith.models.base import NewBase, is_encoder, resolve_base
+from tunesmith.models.base import NewBase, is_encoder, is_encoder_decoder, longest_unasked, resolve_base, template_for
 from tunesmith.models.load import Model, load_model
 from tunesmith.recipe import Recipe
 from tunesmith.registry.index import Index
@@ -106,8 +106,9 @@ def template_of(model: Model, recipe: Recipe, *, run: Path | None = None) -> Cha
     today = None
     if run is not None and (run / CONTRACT).is_file():
         today = datetime.date.fromisoformat(read_json(run / CONTRACT)["today"])
+    config = model.causal.config.to_dict()
     if recipe.data.template is None:
-        return ChatTemplate(model.tokenizer, today=today)
+        return template_for(model.tokenizer, config=config, today=today)
     path = Path(recipe.data.template)
     try:
         source = path.read_text("utf-8")
@@ -116,13 +117,14 @@ def template_of(model: Model, recipe: Recipe, *, run: Path | None = None) -> Cha
             f"the chat template cannot be read: {error}", file=path, hint="check data.template"
         ) from None
     model.tokenizer.chat_template = source
-    return ChatTemplate(model.tokenizer, today=today)
+    return template_for(model.tokenizer, config=config, today=today)
 
 
 def check_suits(recipe: Recipe) -> None:
     """RecipeError where objective or method cannot work on the base, told from its configuration before it is loaded."""
     encoder = is_encoder(recipe.base)
     recipe.objective.for_model(encoder=encoder)
+    recipe.objective.check_base(encoder_decoder=is_encoder_decoder(recipe.base))
     if encoder and recipe.method.num_virtual_tokens:
         raise RecipeError(
             f"method '{recipe.method.kind}' puts virtual tokens before every text, and this base is an encoder",
@@ -139,6 +141,11 @@ def prepare_data(
     on_rows: Callable[[int], None] = lambda rows: None,
 ) -> Prepared:
     """Read, split, render and count the recipe's rows (from the cache where nothing changed)."""
+    recipe.objective.check_base(encoder_decoder=model.is_encoder_decoder)
+    if model.is_encoder_decoder and recipe.train.compile:
+        raise RecipeError(
+            "train.compile: an encoder-decoder's blocks would be compiled anew for every pack", hint="leave it out"
+        )
     recipe = with_objective(recipe, recipe.objective.for_model(encoder=model.is_encoder).model_dump())
     limit = model.context_tokens - recipe.method.num_virtual_tokens
     if recipe.data.max_tokens is not None and recipe.data.max_tokens > limit:
@@ -151,7 +158,7 @@ def prepare_data(
         recipe.data,
         objective=recipe.objective,
         template=template or template_of(model, recipe),
-        max_tokens=recipe.data.max_tokens or limit,
+        max_tokens=recipe.data.max_tokens or min(limit, longest_unasked(model.causal.config.to_dict())),
         cache=workspace.cache,
         on_rows=on_rows,
     )

@@ -17,6 +17,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.generate.runner import Generator
 from tunesmith.generate.sampling import Sampling
 from tunesmith.methods import Method
+from tunesmith.models.base import template_for
 from tunesmith.models.heads import load_head
 from tunesmith.models.load import Model, load_model
 from tunesmith.objectives.headed import Headed
@@ -130,6 +131,7 @@ def load(run: Run | Path | str, *, workspace: Workspace | None = None, device: s
     model.causal.eval()
     contract = run.path / CONTRACT
     document = read_json(contract)
-    template = ChatTemplate(model.tokenizer, today=datetime.date.fromisoformat(document["today"]))
+    today = datetime.date.fromisoformat(document["today"])
+    template = template_for(model.tokenizer, config=model.causal.config.to_dict(), today=today)
     check_contract(document, template=template, file=contract)
     return Tuned(run, model, template, method, head)

@@ -29,6 +29,7 @@ from tunesmith.objectives.distillation import Distillation
 from tunesmith.objectives.headed import Headed
 from tunesmith.objectives.instruction import Instruction
 from tunesmith.objectives.regression import Regression
+from tunesmith.objectives.seq2seq import Seq2seq
 from tunesmith.objectives.token_classification import TokenClassification
 from tunesmith.train.loop import forward
 
@@ -56,6 +57,7 @@ def weighted_likelihood(rows: list[Sequence], logprob: Logprob) -> tuple[Tensor,
 ROWS = {
     "instruction": Row(Instruction(), weighted_likelihood),
     "causal": Row(Causal(), weighted_likelihood),
+    "seq2seq": Row(Seq2seq(), weighted_likelihood),
 }
 
 

@@ -53,7 +53,9 @@ def _probe(template: ChatTemplate, example: Example) -> dict[str, Any]:
         "messages": [m.as_dict() | {"weight": m.weight} for m in example.messages],
         "tools": list(example.tools),
         "sequences": [
-            {"ids": s.tokens_T.tolist(), "weights": s.weight_T.tolist()} for s in template.sequences([example])[0]
+            {"ids": s.tokens_T.tolist(), "weights": s.weight_T.tolist()}
+            | ({} if s.encoder_T is None else {"encoder_ids": s.encoder_T.tolist()})
+            for s in template.sequences([example])[0]
         ],
     }
 

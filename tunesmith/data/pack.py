@@ -6,10 +6,13 @@ visibility rule is
 
     token i sees token j   <=>   j <= i < end[j]
 
+Of an encoder-decoder the forest holds what the decoder reads, in which nothing is shared; what the encoder reads stands
+beside it, a text after the other, each once.
+
 Plain packing is the case in which nothing is shared. Prefix trees for training appear in "Tree Training" (2024-26,
 RL groups) and, for inference, in SGLang's RadixAttention; here they are the only layout, for every objective.
 
-Shapes: T packed tokens, N targets, S sequences.
+Shapes: T packed tokens, N targets, S sequences, E packed tokens of an encoder.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,6 +26,7 @@ import numpy as np
 from tunesmith.data.types import Sequence
 
 MIN_SHARED_TOKENS = 16  # below this a node costs more in kernel calls than it saves
+NEVER = 1 << 30  # more tokens than any two sequences share
 
 
 class Node(NamedTuple):
@@ -41,7 +45,8 @@ class Pack:
     `target_N` the token id predicted, `weight_N` float32, `sequence_N` the index of the sequence it belongs to.
     Of a sequence with values the token itself is the source, and `target_N` its own id; `values_S` are the values.
     `rows_S` numbers the rows the sequences came from; `num_row_tokens` is the sum of the sequences' own lengths.
-    `places_T` are the sequences' places, where they have them.
+    `places_T` are the sequences' places, where they have them. `encoder_E` int64 are the tokens of the encoder, and
+    `encoder_span_S2` [first, last) of each sequence's among them; sequences with the same text stand beside each other.
     """
 
     tokens_T: np.ndarray
@@ -55,6 +60,8 @@ class Pack:
     num_row_tokens: int
     values_S: tuple[np.ndarray | None, ...] = ()
     places_T: np.ndarray | None = None
+    encoder_E: np.ndarray | None = None
+    encoder_span_S2: np.ndarray | None = None
 
     def below(self, num_tokens: int) -> "Pack":
         """The same forest below a root of `num_tokens` tokens with the id 0."""
@@ -68,10 +75,18 @@ class Pack:
         )
 
     @property
+    def num_computed_tokens(self) -> int:
+        """Tokens that go through the model."""
+        return len(self.tokens_T) + (0 if self.encoder_E is None else len(self.encoder_E))
+
+    @property
     def num_root_tokens(self) -> int:
-        """Tokens before the first branch; 0 where the sequences do not all begin with one node."""
+        """Tokens before the first branch, an encoder's included; 0 where the sequences do not all begin with one node."""
         nodes = self.nodes
-        return nodes[0].stop if nodes and nodes[0].end == len(self.tokens_T) else 0
+        own = nodes[0].stop if nodes and nodes[0].end == len(self.tokens_T) else 0
+        if self.encoder_span_S2 is None or len(self.encoder_span_S2) == 0:
+            return own
+        return own + int(self.encoder_span_S2[0, 1] if (self.encoder_span_S2 == self.encoder_span_S2[0]).all() else 0)
 
     @cached_property
     def nodes(self) -> list[Node]:
@@ -93,7 +108,23 @@ def shared_length(a_T: np.ndarray, b_T: np.ndarray) -> int:
 
 
 def _sorted(sequences: list[Sequence]) -> list[int]:
-    return sorted(range(len(sequences)), key=lambda i: sequences[i].tokens_T.astype(">i4").tobytes())
+    """By tokens; those that an encoder reads for first by its text, short ones before long ones."""
+
+    def key(i: int) -> tuple[int, bytes, bytes]:
+        sequence = sequences[i]
+        read = b"" if sequence.encoder_T is None else sequence.encoder_T.astype(">i4").tobytes()
+        return len(read), read, sequence.tokens_T.astype(">i4").tobytes()
+
+    return sorted(range(len(sequences)), key=key)
+
+
+def _in_common(a: Sequence, b: Sequence, *, min_shared: int) -> int:
+    """How many tokens of `b` are computed already where `a` stands before it."""
+    if b.encoder_T is not None:
+        same = a.encoder_T is not None and np.array_equal(a.encoder_T, b.encoder_T)
+        return len(b.encoder_T) if same else 0
+    shared = shared_length(a.tokens_T, b.tokens_T)
+    return shared if shared >= min_shared else 0
 
 
 class _Path(NamedTuple):
@@ -172,7 +203,8 @@ def build_pack(sequences: list[Sequence], *, min_shared: int = MIN_SHARED_TOKENS
     """
     order = _sorted(sequences)
     ordered = [sequences[i] for i in order]
-    builder = _Builder(ordered, min_shared, merge_same=merge_same)
+    encoder_E, encoder_span_S2 = _encoder(ordered)
+    builder = _Builder(ordered, min_shared if encoder_E is None else NEVER, merge_same=merge_same)
     builder.build()
     sources, targets, weights, owners = [], [], [], []
     for index, (sequence, path) in enumerate(zip(ordered, builder.paths, strict=True)):
@@ -199,10 +231,28 @@ def build_pack(sequences: list[Sequence], *, min_shared: int = MIN_SHARED_TOKENS
         weight_N=joined(weights, np.float32),
         sequence_N=joined(owners, np.int64),
         rows_S=np.array([s.row for s in ordered], dtype=np.int64),
-        num_row_tokens=sum(len(s.tokens_T) for s in sequences),
+        num_row_tokens=sum(s.num_tokens for s in sequences),
         values_S=tuple(s.values for s in ordered),
         places_T=joined(builder.places, np.int64) if builder.places else None,
+        encoder_E=encoder_E,
+        encoder_span_S2=encoder_span_S2,
     )
+
+
+def _encoder(ordered: list[Sequence]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """What an encoder reads, each text once, and where each sequence's stands."""
+    texts = [s.encoder_T for s in ordered if s.encoder_T is not None]
+    if not texts:
+        return None, None
+    assert len(texts) == len(ordered), "an encoder reads for every sequence of a pack, or for none"
+    spans, distinct = [(0, len(texts[0]))], [texts[0]]
+    for before, text in pairwise(texts):
+        if not np.array_equal(before, text):
+            spans.append((spans[-1][1], spans[-1][1] + len(text)))
+            distinct.append(text)
+        else:
+            spans.append(spans[-1])
+    return np.concatenate(distinct).astype(np.int64), np.array(spans, dtype=np.int64)
 
 
 class Forest:
@@ -232,10 +282,8 @@ def build_packs(sequences: list[Sequence], *, max_tokens: int, min_shared: int =
     cost = root = 0
     for i in _sorted(sequences):
         sequence = sequences[i]
-        length = len(sequence.tokens_T)
-        shared = shared_length(group[-1].tokens_T, sequence.tokens_T) if group else length
-        if shared < min_shared:
-            shared = 0
+        length = sequence.num_tokens
+        shared = _in_common(group[-1], sequence, min_shared=min_shared) if group else length
         if group and cost + length - shared - min(root, shared) > max_tokens:
             yield from _within(group, max_tokens, min_shared)
             group = []
@@ -268,7 +316,7 @@ def build_unit_packs(
 def _within(group: list[Sequence], max_tokens: int, min_shared: int) -> Iterator[Pack]:
     """The group as one pack, or halved: what rows share by pairs can be a little more than what the tree stores once."""
     pack = build_pack(group, min_shared=min_shared)
-    if len(pack.tokens_T) - pack.num_root_tokens <= max_tokens:
+    if pack.num_computed_tokens - pack.num_root_tokens <= max_tokens:
         yield pack
     else:
         middle = len(group) // 2

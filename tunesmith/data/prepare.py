@@ -324,7 +324,7 @@ class _Preparation:
 
     def _fit(self, example: Example, sequences: list[Sequence]) -> tuple[int, list[Sequence]] | None:
         """Apply `too_long`; None when the row was dropped."""
-        over = max(len(s.tokens_T) for s in sequences) - self.max_tokens
+        over = max(s.num_context_tokens for s in sequences) - self.max_tokens
         if over <= 0:
             return 0, sequences
         if self.settings.too_long == "drop":
@@ -342,7 +342,7 @@ class _Preparation:
         if not kept:
             self.ledger.record(example.origin, state="dropped", reason="nothing left to train after truncation")
             return None
-        return sum(len(s.tokens_T) for s in sequences) - sum(len(s.tokens_T) for s in kept), kept
+        return sum(s.num_tokens for s in sequences) - sum(s.num_tokens for s in kept), kept
 
     def _settle(self, writers: dict[str, TokenWriter]) -> None:
         """Refuse what may not be lost in silence."""

@@ -17,8 +17,10 @@ ARRAYS = {
     "tokens": np.int32,
     "weights": np.float32,
     "values": np.float32,
+    "encoder": np.int32,
     "sequence_start": np.int64,
     "value_start": np.int64,
+    "encoder_start": np.int64,
     "unit_start": np.int64,
     "unit_file": np.int32,
     "unit_line": np.int64,
@@ -34,7 +36,8 @@ class TokenWriter:
         self.folder = folder
         self._files = {name: (folder / f"{name}.bin").open("wb") for name in ARRAYS}
         self._names: dict[str, int] = {}
-        self.num_units = self.num_sequences = self.num_tokens = self.num_targets = self.num_values = 0
+        self.num_units = self.num_sequences = self.num_tokens = self.num_targets = 0
+        self.num_values = self.num_encoder_tokens = 0
 
     def _append(self, name: str, values: Any) -> None:
         self._files[name].write(np.ascontiguousarray(values, dtype=ARRAYS[name]).tobytes())
@@ -52,6 +55,10 @@ class TokenWriter:
             if sequence.values is not None:
                 self._append("values", sequence.values)
                 self.num_values += len(sequence.values)
+            self._append("encoder_start", [self.num_encoder_tokens])
+            if sequence.encoder_T is not None:
+                self._append("encoder", sequence.encoder_T)
+                self.num_encoder_tokens += len(sequence.encoder_T)
             self.num_tokens += len(sequence.tokens_T)
             self.num_targets += sequence.num_targets
             self.num_sequences += 1
@@ -61,13 +68,14 @@ class TokenWriter:
         """Write the last borders and the sizes."""
         self._append("sequence_start", [self.num_tokens])
         self._append("value_start", [self.num_values])
+        self._append("encoder_start", [self.num_encoder_tokens])
         self._append("unit_start", [self.num_sequences])
         for file in self._files.values():
             file.close()
         meta = {
             "units": self.num_units,
             "sequences": self.num_sequences,
-            "tokens": self.num_tokens,
+            "tokens": self.num_tokens + self.num_encoder_tokens,
             "targets": self.num_targets,
             "files": list(self._names),
             "group_rows": 0,
@@ -121,9 +129,12 @@ class TokenStore:
     def _sequence(self, number: int, *, unit: int) -> Sequence:
         first, last = self._arrays["sequence_start"][number : number + 2]
         tokens_T, weight_T = (np.array(self._arrays[name][first:last]) for name in ("tokens", "weights"))
-        first, last = self._arrays["value_start"][number : number + 2]
-        values = np.array(self._arrays["values"][first:last]) if last > first else None
-        return Sequence(tokens_T, weight_T, unit, values)
+        values, encoder_T = self._some("values", "value_start", number), self._some("encoder", "encoder_start", number)
+        return Sequence(tokens_T, weight_T, unit, values, encoder_T=encoder_T)
+
+    def _some(self, name: str, starts: str, number: int) -> np.ndarray | None:
+        first, last = self._arrays[starts][number : number + 2]
+        return np.array(self._arrays[name][first:last]) if last > first else None
 
     def origin(self, index: int) -> Origin:
         """Where the unit's first row stands."""

@@ -93,6 +93,7 @@ class Sequence:
     Where `values` are given, a token with a weight is read and not predicted: float32, what is known of the sequence, as
     its objective understands it. `row` numbers the row it came from, in the order of the prepared split. `places_T`
     int64, where it is given, numbers each token among all that have a beginning of their own (data/pack.py, Forest).
+    `encoder_T` int32, where it is given, is what an encoder reads before a decoder reads and predicts `tokens_T`.
     """
 
     tokens_T: np.ndarray
@@ -100,13 +101,32 @@ class Sequence:
     row: int = 0
     values: np.ndarray | None = None
     places_T: np.ndarray | None = None
+    encoder_T: np.ndarray | None = None
 
     def cut(self, num_tokens: int) -> "Sequence":
-        """Its beginning; what is read at its last token keeps that token."""
+        """Its beginning; what is read at its last token keeps that token, and what an encoder reads keeps its end."""
         tokens_T, weight_T = self.tokens_T[:num_tokens].copy(), self.weight_T[:num_tokens].copy()
         if self.values is not None and self.weight_T[-1]:
             tokens_T[-1], weight_T[-1] = self.tokens_T[-1], self.weight_T[-1]
-        return replace(self, tokens_T=tokens_T, weight_T=weight_T)
+        encoder_T = self.encoder_T
+        if encoder_T is not None and len(encoder_T) > num_tokens:
+            encoder_T = np.concatenate([encoder_T[: num_tokens - 1], encoder_T[-1:]])
+        return replace(self, tokens_T=tokens_T, weight_T=weight_T, encoder_T=encoder_T)
+
+    @property
+    def num_encoder_tokens(self) -> int:
+        """What an encoder reads."""
+        return 0 if self.encoder_T is None else len(self.encoder_T)
+
+    @property
+    def num_tokens(self) -> int:
+        """All of its tokens."""
+        return len(self.tokens_T) + self.num_encoder_tokens
+
+    @property
+    def num_context_tokens(self) -> int:
+        """What a model's context must hold: its tokens, or those of its encoder where they are more."""
+        return max(len(self.tokens_T), self.num_encoder_tokens)
 
     @property
     def num_targets(self) -> int:

@@ -8,7 +8,7 @@ computed once.
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -186,7 +186,7 @@ def _fitting(examples: list[Example], *, systems: list[System], template: ChatTe
         if example.text is None:
             messages = prompt_messages(example, shots=shots, plain=template.plain)
             whole = _only_last(example, messages)
-            if max(len(s.tokens_T) for s in template.sequences([whole])[0]) > limit:
+            if max(s.num_context_tokens for s in template.sequences([whole])[0]) > limit:
                 continue
         kept.append(example)
     return kept
@@ -258,7 +258,7 @@ def _likelihood(
             found = objective.sequences([example], template=template, max_tokens=model.room_tokens)[0]
         else:
             found = template.sequences([_only_last(example, prompt)])[0]
-        sequences += [Sequence(s.tokens_T, s.weight_T, row) for s in found]
+        sequences += [replace(s, row=row) for s in found]
     nll_B, tokens_B = np.zeros(len(examples)), np.zeros(len(examples))
     was_training = model.causal.training
     model.causal.eval()

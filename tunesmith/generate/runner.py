@@ -26,8 +26,9 @@ from torch import Tensor
 from tunesmith.data.pack import Pack
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import ModelError
+from tunesmith.generate.pairs import PairKeyValues
 from tunesmith.generate.sampling import Sampling, choose, random_stream
-from tunesmith.generate.scheduler import Batch, plan_batches
+from tunesmith.generate.scheduler import Batch, plan_batches, plan_by_length
 from tunesmith.models.attention import PackAttention
 from tunesmith.models.load import Model
 from tunesmith.models.readout import head_logits
@@ -129,7 +130,8 @@ class Generator:
     def _draw(self, prompts: Sequence[Sequence[int]], *, sampling: Sampling) -> Iterator[Drawn]:
         """Every token of every completion, in the order in which they are drawn."""
         self._check_prompts(prompts)
-        batches = plan_batches(
+        plan = plan_by_length if self.model.is_encoder_decoder else plan_batches
+        batches = plan(
             prompts,
             new_tokens=min(sampling.max_tokens, self.model.room_tokens),
             batch_tokens=self.batch_tokens,
@@ -164,14 +166,7 @@ class Generator:
     # no_grad and not inference_mode: what a module keeps from here (rotary tables) must still serve in training
     @torch.no_grad()
     def _draw_batch(self, batch: Batch, rows: list["_Row"], *, sampling: Sampling) -> Iterator[Drawn]:
-        virtual = self.model.num_virtual_tokens
-        cache = KeyValues(
-            prefix_tokens=virtual + batch.prefix_tokens,
-            lengths=[virtual + len(row.prompt) for row in rows],
-            max_length=max(virtual + len(row.prompt) + row.room for row in rows),
-            device=self.model.device,
-        )
-        hidden_BE = self._prefill([row.prompt for row in rows], cache=cache)
+        cache, hidden_BE = self._begun(batch, rows)
         while rows:
             logits_BV = head_logits(hidden_BE, head=self.model.head, softcap=self.model.softcap)
             uniform_B = None
@@ -191,6 +186,21 @@ class Generator:
                 cache.keep(order)
             if rows:
                 hidden_BE = self.model.hidden(cache.step(tokens_B))
+
+    def _begun(self, batch: Batch, rows: list["_Row"]) -> "tuple[KeyValues | PairKeyValues, Tensor]":
+        """The prompts computed and stored, and the hidden states [B, E] that the first tokens are drawn from."""
+        prompts = [row.prompt for row in rows]
+        if self.model.is_encoder_decoder:
+            pairs = PairKeyValues(self.model, prompts, max_length=max(row.room for row in rows))
+            return pairs, self.model.hidden(pairs.start())
+        virtual = self.model.num_virtual_tokens
+        cache = KeyValues(
+            prefix_tokens=virtual + batch.prefix_tokens,
+            lengths=[virtual + len(prompt) for prompt in prompts],
+            max_length=max(virtual + len(row.prompt) + row.room for row in rows),
+            device=self.model.device,
+        )
+        return cache, self._prefill(prompts, cache=cache)
 
     def _finish_reason(self, row: "_Row", *, token: int) -> FinishReason | None:
         if token in self.stop_ids:

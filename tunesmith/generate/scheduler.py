@@ -75,3 +75,16 @@ def plan_batches(
         batches.append(Batch(rows=tuple(order[first:last]), prefix_tokens=prefix))
         last = first
     return batches[::-1]
+
+
+def plan_by_length(
+    prompts: Sequence[Sequence[int]], *, new_tokens: int, batch_tokens: int, batch_rows: int
+) -> list[Batch]:
+    """Split prompts that share nothing into batches of like lengths, longest first; limits as in `plan_batches`."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    batches: list[Batch] = []
+    while order:
+        rows = min(batch_rows, max(1, batch_tokens // (len(prompts[order[0]]) + new_tokens)))
+        batches.append(Batch(rows=tuple(order[:rows]), prefix_tokens=0))
+        order = order[rows:]
+    return batches

@@ -19,8 +19,11 @@ from tunesmith.errors import RecipeError
 from tunesmith.methods.base import Adapter, Inserted
 from tunesmith.models.load import Model
 
-FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe")
-ATTENTION_OUT = ("self_attn.o_proj", "self_attn.out_proj", "attn.c_proj", "attention.dense")
+FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe", "layer.1.DenseReluDense", "layer.2.DenseReluDense")
+ATTENTION_OUT = (
+    "self_attn.o_proj", "self_attn.out_proj", "attn.c_proj", "attention.dense",
+    "layer.0.SelfAttention.o", "layer.1.EncDecAttention.o",
+)  # fmt: skip
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
@@ -76,11 +79,16 @@ class Adapters(Adapter):
 
     def places(self, model: Model) -> list[str]:
         """The feed-forwards, and attention's last layers. RecipeError where they are not found or too narrow."""
-        wanted = FEED_FORWARD + (ATTENTION_OUT if self.placement == "houlsby" else ())
+        wanted = [FEED_FORWARD, ATTENTION_OUT] if self.placement == "houlsby" else [FEED_FORWARD]
         blocks = {id(block) for block in model.layers}
         names = [name for name, module in model.causal.named_modules() if id(module) in blocks]
-        found = [f"{name}.{leaf}" for name in names for leaf in wanted if _has(model, f"{name}.{leaf}")]
-        if len(found) != len(names) * (2 if self.placement == "houlsby" else 1):
+        parts = [
+            [f"{name}.{leaf}" for leaf in leaves if _has(model, f"{name}.{leaf}")]
+            for name in names
+            for leaves in wanted
+        ]
+        found = [name for part in parts for name in part]
+        if not all(parts):
             raise RecipeError(
                 f"method 'adapters' does not know where the parts of '{model.name}' are", hint="use method: lora"
             )

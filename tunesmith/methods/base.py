@@ -132,6 +132,11 @@ class Inserted(nn.Module):
         super().__init__()
         self.base, self.enabled = base, True
 
+    @property
+    def weight(self) -> Any:
+        """The base's: some blocks (T5's) look at it for its dtype."""
+        return self.base.weight
+
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, by its name in a file."""
         return {theirs: self.get_parameter(ours) for ours, theirs in self.saved.items()}
@@ -249,7 +254,7 @@ def save_adapter(
     indices = token_indices(model)
     common = {
         "peft_type": method.peft_type or f"TUNESMITH_{method.kind_name.upper()}",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if model.is_encoder_decoder else "CAUSAL_LM",
         "base_model_name_or_path": model.name,
         "inference_mode": True,
     } | ({"trainable_token_indices": indices} if indices else {})

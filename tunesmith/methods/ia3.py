@@ -15,8 +15,11 @@ from tunesmith.errors import RecipeError
 from tunesmith.methods.base import Adapter, Inserted, linear_layers, linear_shape
 from tunesmith.models.load import Model
 
-OUTPUTS = ("k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn")  # layers whose output is scaled
-INPUTS = ("down_proj", "dense_4h_to_h", "mlp.c_proj", "fc2")  # layers whose input is scaled
+OUTPUTS = (
+    "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn",
+    "SelfAttention.k", "SelfAttention.v", "EncDecAttention.k", "EncDecAttention.v",
+)  # layers whose output is scaled  # fmt: skip
+INPUTS = ("down_proj", "dense_4h_to_h", "mlp.c_proj", "fc2", "DenseReluDense.wo")  # layers whose input is scaled
 
 
 class Scaled(Inserted):

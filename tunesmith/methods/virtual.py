@@ -54,6 +54,11 @@ class VirtualTokenMethod(Frozen):
 
     def apply(self, model: Model, *, seed: int) -> None:
         """Only what makes the virtual tokens is trained."""
+        if model.is_encoder_decoder:
+            raise RecipeError(
+                f"method '{self.kind_name}' puts tokens before one sequence, and an encoder-decoder has two",
+                hint="use method: lora, ia3 or adapters",
+            )
         if self.num_tokens >= model.context_tokens:
             raise RecipeError(
                 f"method.num_tokens is {self.num_tokens} and the base's context has {model.context_tokens} tokens",

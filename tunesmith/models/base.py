@@ -4,6 +4,7 @@ No code comes from data: a folder's `config.json` is read as JSON, and a configu
 (`auto_map`) or a model type that is not on the list below is refused before transformers sees it.
 """
 
+import datetime
 import hashlib
 import json
 import os
@@ -12,6 +13,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tunesmith.data.pairs import PairTemplate
+from tunesmith.data.template import ChatTemplate
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import ModelError, NotFoundError
 from tunesmith.storage import sha256_file
 
@@ -27,6 +31,9 @@ SUPPORTED = {
 ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert", "electra", "modernbert"}
 POOLED = {"bert", "roberta", "xlm-roberta"}  # with a layer for a next-sentence head, which is left out
 AFTER_PADDING = {"roberta", "xlm-roberta"}  # their first position is the one behind the padding token's number
+# Model types with an encoder that reads a text and a decoder that writes another.
+ENCODER_DECODERS = {"t5", "mt5"}
+SOURCE_TOKENS = 512  # that T5 was pre-trained on; its positions are relative and know no end
 
 
 class NewBase(BaseModel):
@@ -78,9 +85,10 @@ def check_config(config: dict[str, Any], *, file: Path) -> None:
             hint="use a model that transformers supports itself",
         )
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in SUPPORTED | ENCODERS:
+    known = SUPPORTED | ENCODERS | ENCODER_DECODERS
+    if not isinstance(kind, str) or kind not in known:
         raise ModelError(
-            f"model type {kind!r} is not supported; supported are {', '.join(sorted(SUPPORTED | ENCODERS))}",
+            f"model type {kind!r} is not supported; supported are {', '.join(sorted(known))}",
             file=file,
             hint="choose another base",
         )
@@ -129,15 +137,44 @@ def is_encoder(base: "str | NewBase") -> bool:
     return read_config(config_path(base))["model_type"] in ENCODERS
 
 
+def is_encoder_decoder(base: "str | NewBase") -> bool:
+    """Whether an encoder reads a text and a decoder writes another; told likewise."""
+    return read_config(config_path(base))["model_type"] in ENCODER_DECODERS
+
+
 def context_tokens(folder: Path) -> int:
-    """The longest sequence the model was made for; ModelError where the folder holds no usable model."""
-    return context_of(read_config(folder / "config.json"))
+    """The longest row that is taken unasked; ModelError where the folder holds no usable model."""
+    return longest_unasked(read_config(folder / "config.json"))
+
+
+def longest_unasked(config: dict[str, Any]) -> int:
+    """The longest row unless `data.max_tokens` says otherwise: the context, or what T5 was pre-trained on."""
+    if config.get("model_type") in ENCODER_DECODERS:
+        return int(config.get("n_positions") or SOURCE_TOKENS)
+    return context_of(config)
 
 
 def context_of(config: dict[str, Any]) -> int:
-    """The longest sequence that a configuration names."""
+    """The longest sequence that the model can read: what its configuration names, or no end where positions are relative."""
+    if config.get("model_type") in ENCODER_DECODERS:
+        return 1 << 30
     limits = (config.get("max_position_embeddings"), config.get("n_positions"))
     return next((int(limit) - first_position(config) for limit in limits if limit), 1 << 30)
+
+
+def template_for(
+    tokenizer: Tokenizer, *, config: dict[str, Any], source: str | None = None, today: datetime.date | None = None
+) -> ChatTemplate:
+    """What makes ids of conversations for a base: one sequence, or a source and a target for an encoder-decoder."""
+    if config.get("model_type") not in ENCODER_DECODERS:
+        return ChatTemplate(tokenizer, source=source, today=today)
+    return PairTemplate(tokenizer, start_id=start_token(config), source=source, today=today)
+
+
+def start_token(config: dict[str, Any]) -> int:
+    """What the decoder of an encoder-decoder begins with: what the configuration names, or padding, as T5 has it."""
+    start = config.get("decoder_start_token_id")
+    return int((config.get("pad_token_id") or 0) if start is None else start)
 
 
 def first_position(config: dict[str, Any]) -> int:

@@ -39,7 +39,7 @@ def block_output(model: Model) -> BlockOutput:
 
 def num_frozen_blocks(model: Model, *, moving: set[Tensor]) -> int:
     """How many of the lowest blocks compute the same as long as only `moving` changes."""
-    if model.is_encoder or model.num_virtual_tokens or model.input_tables() & moving:
+    if model.is_encoder or model.is_encoder_decoder or model.num_virtual_tokens or model.input_tables() & moving:
         return 0
     for count, block in enumerate(model.layers):
         if any(parameter in moving for parameter in block.parameters()):

@@ -19,10 +19,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from tunesmith.data.pack import MIN_SHARED_TOKENS, Pack
+from tunesmith.data.pack import MIN_SHARED_TOKENS, NEVER, Pack
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import ModelError
 from tunesmith.models.base import (
+    ENCODER_DECODERS,
     ENCODERS,
     POOLED,
     NewBase,
@@ -32,7 +33,9 @@ from tunesmith.models.base import (
     first_position,
     read_config,
     resolve_base,
+    start_token,
 )
+from tunesmith.models.encoder_decoder import PairAttention
 from tunesmith.models.extended import ExtendedEmbedding
 from tunesmith.models.quantised import QuantisedLinear
 from tunesmith.models.readout import target_logprobs
@@ -41,7 +44,7 @@ from tunesmith.models.virtual import NAME, Virtual, VirtualTokens
 DROPOUTS = (
     "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "resid_dropout",
     "summary_first_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "embedding_dropout",
-    "mlp_dropout",
+    "mlp_dropout", "dropout_rate",
 )  # fmt: skip
 
 
@@ -88,9 +91,19 @@ class Model:
         return str(self.causal.config.model_type) in ENCODERS
 
     @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether an encoder reads a text and a decoder writes another."""
+        return str(self.causal.config.model_type) in ENCODER_DECODERS
+
+    @property
+    def start_id(self) -> int:
+        """The token that every answer of an encoder-decoder begins with."""
+        return start_token(self.causal.config.to_dict())
+
+    @property
     def min_shared_tokens(self) -> int:
         """How many tokens rows must begin with alike to be computed together; an encoder's rows have nothing in common."""
-        return 1 << 30 if self.is_encoder else MIN_SHARED_TOKENS
+        return NEVER if self.is_encoder else MIN_SHARED_TOKENS
 
     @property
     def hidden_size(self) -> int:
@@ -114,7 +127,9 @@ class Model:
 
     @property
     def layers(self) -> list[torch.nn.Module]:
-        """The blocks, first to last."""
+        """The blocks, first to last; of an encoder-decoder the encoder's before the decoder's."""
+        if self.is_encoder_decoder:
+            return [*self.causal.encoder.block, *self.causal.decoder.block]
         lists = [list(m) for m in self.causal.base_model.modules() if isinstance(m, torch.nn.ModuleList)]
         return max(lists, key=len, default=[])
 
@@ -138,8 +153,10 @@ class Model:
         """Hidden states [T, D] before the vocabulary head.
 
         `attention` carries `input_ids` and `position_ids` [1, P + T] and computes attention (models/attention.py);
-        P are its virtual tokens.
+        P are its virtual tokens. Of an encoder-decoder they are the decoder's.
         """
+        if self.is_encoder_decoder:
+            return attention.hidden(self.causal)
         virtual: Virtual | None = attention.virtual
         if virtual is None:
             inputs = {"input_ids": attention.input_ids}
@@ -152,6 +169,8 @@ class Model:
         """The rule for one pack on this model's device, with the model's virtual tokens as its root."""
         from tunesmith.models.attention import PackAttention
 
+        if self.is_encoder_decoder:
+            return PairAttention(pack, device=self.device)
         made = self.virtual_tokens
         return PackAttention(
             pack,
@@ -206,7 +225,7 @@ class Model:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its new name is not in transformers 5.17
             self.causal.gradient_checkpointing_enable({"use_reentrant": False})
-        self.causal.enable_input_require_grads()
+            self.causal.enable_input_require_grads()
 
     def save(self, folder: Path) -> None:
         """Write weights, configuration and tokenizer so that plain transformers loads them."""
@@ -241,7 +260,7 @@ def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, dev
 
     Raises ModelError for what must not or cannot be loaded, NotFoundError for what is not there.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from tunesmith.models import attention
 
@@ -249,8 +268,8 @@ def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, dev
     path = config_path(base)
     raw = read_config(path)
     tokenizer = Tokenizer.from_folder(Path(base.tokenizer) if isinstance(base, NewBase) else path.parent)
-    encoder = raw["model_type"] in ENCODERS
-    classes = AutoModel if encoder else AutoModelForCausalLM
+    encoder, pairs = raw["model_type"] in ENCODERS, raw["model_type"] in ENCODER_DECODERS
+    classes = AutoModel if encoder else AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM
     plain: dict[str, Any] = {"add_pooling_layer": False} if raw["model_type"] in POOLED else {}
     with quiet():
         config = _config_without_dropout(folder, raw, path)

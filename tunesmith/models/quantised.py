@@ -34,6 +34,7 @@ class QuantisedLinear(nn.Module):
         self.out_features, self.in_features = weight_OI.shape
         self.dtype, self.transposed = weight_OI.dtype, transposed
         self.bias = None if bias_O is None else nn.Parameter(bias_O.detach().clone(), requires_grad=False)
+        self.weight = None  # some blocks (T5's) look at a layer's weight for its dtype
 
     def restored(self, dtype: torch.dtype) -> Tensor:
         """The weight [O, I] that all computation sees."""

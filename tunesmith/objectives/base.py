@@ -55,6 +55,7 @@ class Objective(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     summary: ClassVar[str] = ""
     whole_units: ClassVar[bool] = False  # the sequences of a unit are read together, so they stay in one pack
+    reads_source: ClassVar[bool] = False  # an encoder reads the prompt and a decoder writes the answer
 
     @property
     def kind_name(self) -> str:
@@ -80,6 +81,19 @@ class Objective(BaseModel, ABC):
                 hint="use objective: classification, regression, token_classification or contrastive, or another base",
             )
         return self
+
+    def check_base(self, *, encoder_decoder: bool) -> None:
+        """RecipeError where an encoder-decoder is needed and the base is none, or the other way round."""
+        if self.reads_source and not encoder_decoder:
+            raise RecipeError(
+                f"objective '{self.kind_name}' needs an encoder-decoder, and this base is none",
+                hint="use objective: instruction, or a base of the T5 family",
+            )
+        if encoder_decoder and not self.reads_source:
+            raise RecipeError(
+                f"objective '{self.kind_name}' does not work on an encoder-decoder, and this base is one",
+                hint="use objective: seq2seq, or another base",
+            )
 
     def fitted(self, examples: Iterable[tuple[Example, bool]]) -> Self:
         """The objective with what it takes from the data filled in: labels, scales.

@@ -289,7 +289,7 @@ class Fit:
         release_free_memory()
         progress = self.progress
         progress.tokens += sum(p.num_row_tokens for p in packs)
-        progress.computed_tokens += sum(len(p.tokens_T) for p in packs)
+        progress.computed_tokens += sum(p.num_computed_tokens for p in packs)
         progress.target_tokens += sum(len(p.target_N) for p in packs)
         progress.train_loss = loss_sum / total
         progress.recent.append(progress.train_loss)
