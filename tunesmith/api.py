@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from tunesmith.data.contract import FILE as CONTRACT
 from tunesmith.data.formats import to_example
 from tunesmith.data.ledger import Problem
+from tunesmith.data.prepare import Prepared
 from tunesmith.data.sources import read_rows
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example
@@ -63,7 +64,6 @@ from tunesmith.storage import new_folder
 from tunesmith.train.loop import Fit, Observer
 from tunesmith.train.observers import Silent
 from tunesmith.train.readings import finish_head
-from tunesmith.train.settings import TrainSettings
 from tunesmith.train.trackers import recording
 from tunesmith.tuned import Tuned, load
 from tunesmith.vocabulary import grow_tokenizer, record_tokenizer
@@ -110,13 +110,7 @@ def tune(
         if growth is not None:
             growth.write(folder)
             growth.extend(model, whole=recipe.method.saves_model)
-        recipe.method.apply(model, seed=recipe.train.seed)
-        train_new_rows(model)
-        if recipe.objective.reads == "outputs":
-            attach_head(model, num_outputs=recipe.objective.num_outputs)
-        if recipe.train.precision == "bf16":
-            set_trainable_dtype(model, frozen=torch.bfloat16)
-        _speed_options(model, recipe.train)
+        _make_trainable(model, recipe)
         with recording(
             folder, trackers=recipe.train.trackers, recipe=resolved["recipe"], observer=observer
         ) as recorder:
@@ -134,25 +128,45 @@ def tune(
             signals.fit = fit
             stopped = _run(fit, folder=folder, index=index, resume=resume)
         fit.restore_best()
-        with new_folder(folder / "model") as new:
-            recipe.method.save(model, folder=new)
-            if not recipe.method.saves_model:
-                model.save_tokenizer(new)
-            if isinstance(recipe.objective, Headed):
-                calibration = finish_head(
-                    model,
-                    recipe.objective,
-                    train=prepared.train,
-                    validation=prepared.validation_rows,
-                    settings=recipe.train,
-                )
-                conversations = any(example.messages for example in islice(prepared.examples("train"), 1))
-                document = {"objective": prepared.objective, "calibration": calibration, "conversations": conversations}
-                save_head(model, folder=new, document=document)
+        _save_model(model, recipe, prepared=prepared, folder=folder / "model")
         record_tokenizer(folder)
         write_summary(folder, fit, stopped=stopped, state="finished")
         index.finish_run(folder.name, state="finished")
     return Run(folder)
+
+
+def _make_trainable(model: Model, recipe: Recipe) -> None:
+    """Insert and unfreeze what the method and the objective train, in the precision and with the speed that is asked for."""
+    recipe.method.apply(model, seed=recipe.train.seed)
+    train_new_rows(model)
+    if recipe.objective.reads == "outputs":
+        attach_head(model, num_outputs=recipe.objective.num_outputs)
+    if recipe.train.precision == "bf16":
+        set_trainable_dtype(model, frozen=torch.bfloat16)
+    if recipe.train.gradient_checkpointing:
+        model.checkpoint_activations()
+    if recipe.train.compile:
+        for layer in model.layers:
+            layer.compile(dynamic=True)
+
+
+def _save_model(model: Model, recipe: Recipe, *, prepared: Prepared, folder: Path) -> None:
+    """What was tuned, with its tokenizer, and its head where it has one."""
+    with new_folder(folder) as new:
+        recipe.method.save(model, folder=new)
+        if not recipe.method.saves_model:
+            model.save_tokenizer(new)
+        if isinstance(recipe.objective, Headed):
+            calibration = finish_head(
+                model,
+                recipe.objective,
+                train=prepared.train,
+                validation=prepared.validation_rows,
+                settings=recipe.train,
+            )
+            conversations = any(example.messages for example in islice(prepared.examples("train"), 1))
+            document = {"objective": prepared.objective, "calibration": calibration, "conversations": conversations}
+            save_head(model, folder=new, document=document)
 
 
 def _run(fit: Fit, *, folder: Path, index: Index, resume: bool) -> str:
@@ -194,14 +208,6 @@ class _Signals:
             hint = "the same command with --resume goes on from the last checkpoint"
             raise Interrupted("stopped at once, without saving", hint=hint, signal_number=number)
         self.fit.signal_number = number
-
-
-def _speed_options(model: Model, settings: TrainSettings) -> None:
-    if settings.gradient_checkpointing:
-        model.checkpoint_activations()
-    if settings.compile:
-        for layer in model.layers:
-            layer.compile(dynamic=True)
 
 
 def evaluate(

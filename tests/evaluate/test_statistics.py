@@ -12,7 +12,8 @@ from scipy import stats
 
 from tunesmith.errors import DataError, NumericalError
 from tunesmith.evaluate import statistics
-from tunesmith.evaluate.metrics import FRACTION, MEAN, METRICS
+from tunesmith.evaluate.metric import FRACTION, MEAN
+from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.statistics import (
     Interval,
     compare,

@@ -27,8 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from tunesmith.data.answers import Floats
 from tunesmith.errors import DataError, NumericalError
-from tunesmith.evaluate.metrics import FRACTION, METRICS, Aggregate, Floats, Metric, as_statistics
+from tunesmith.evaluate.metric import FRACTION, Aggregate, Metric, as_statistics
+from tunesmith.evaluate.metrics import METRICS
 
 RESAMPLES = 2000
 PERMUTATIONS = 9999
