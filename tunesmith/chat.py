@@ -61,6 +61,11 @@ def converse(run: str, *, system: str | None, sampling: dict[str, Any], workspac
     """Read turns from standard input and stream the answers to standard output, until /quit or the end of input."""
     drawn = _sampling(sampling)
     tuned = load(run, workspace=workspace)
+    if tuned.run.recipe.objective.num_outputs:
+        raise RecipeError(
+            f"{tuned.run.name} was tuned for {tuned.run.recipe.objective.kind_name} and writes no text",
+            hint="tunesmith generate RUN TEXT shows what it says of a text",
+        )
     if tuned.model.is_encoder_decoder:
         raise RecipeError(
             f"{tuned.run.name} answers one prompt at a time and holds no conversation: its base is an encoder-decoder",

@@ -40,13 +40,14 @@ def check_data(
 
     def count(examples: list[Example]) -> list[tuple[int, int]]:
         """(tokens of the longest sequence, trained tokens) of each; long plain texts become windows."""
-        conversations = iter(template.sequences([e for e in examples if e.text is None]))
-        texts = iter(template.tokenizer.encode_text([e.text for e in examples if e.text is not None]))
+        conversations = iter(template.sequences([e for e in examples if e.plain_text is None]))
+        texts = iter(template.tokenizer.encode_text([t for e in examples if (t := e.plain_text) is not None]))
         counts = []
         for example in examples:
-            if example.text is not None:
+            if example.plain_text is not None:
                 num_tokens = len(next(texts)) + len(template.tokenizer.begin_ids) + 1
-                counts.append((min(limit, num_tokens), num_tokens - 1))
+                windows = example.label is None
+                counts.append((min(limit, num_tokens), num_tokens - 1) if windows else (num_tokens, 1))
             else:
                 sequences = next(conversations)
                 counts.append((max(s.num_context_tokens for s in sequences), sum(s.num_targets for s in sequences)))

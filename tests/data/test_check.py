@@ -226,6 +226,25 @@ def test_labels_are_mapped_and_the_mapping_is_told(write):
     assert check_file(write(rows[:20])).problem_counts[("imbalance", "warning")] == 1
 
 
+def test_words_with_tags_are_checked_like_texts(write):
+    rows = [{"words": ["ticket", str(n), "of", "Ann"], "tags": ["O", "O", "O", "B-PER"]} for n in range(20)]
+    rows += [rows[3], {"words": ["a"], "tags": ["O", "O"]}, {"words": ["mail", "ann@example.org"], "tags": ["O", "O"]}]
+    report = check_file(write(rows))
+    assert report.form == "tagged"
+    assert found(report, "exact_duplicate") == [(21, 4)]
+    assert found(report, "bad_row") == [(22, None)]
+    assert found(report, "personal_data") == [(23, None)]
+
+
+def test_labels_that_the_recipe_reads_are_looked_at(write):
+    rows = [{"body": f"Ticket number {number} is late", "queue": "late"} for number in range(20)]
+    rows += [{"body": "It is broken in two", "queue": "broken"}, {"body": "Where on earth is it", "queue": "Late "}]
+    path = write(rows)
+    report = check_file(path, settings=DataSettings(train=str(path), mapping={"text": "body", "label": "queue"}))
+    assert report.form == "labelled"
+    assert found(report, "imbalance") == [(21, None)]
+
+
 def test_settings_are_followed_to_the_letter(write):
     path = write([{"text": "a b c", "label": "x"}, {"text": "d e f", "label": "y"}])
     report = check_file(path, settings=DataSettings(train=str(path), form="text"))

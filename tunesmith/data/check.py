@@ -126,7 +126,10 @@ class CheckReport:
         items = []
         if self.mapping:
             pairs = ", ".join(f"{key}: {column}" for key, column in self.mapping.items())
-            items.append(f"to train on it, write data.mapping: {{{pairs}}} in the recipe")
+            items.append(
+                "to train on it, use objective: classification (or regression, for numbers), which reads it as it is;"
+                f" to have the label written as an answer, data.mapping: {{{pairs}}}"
+            )
         for (kind, severity), count in self.problem_counts.items():
             hints = Counter(problem.hint for problem in self.problems if problem.kind == kind and problem.hint)
             if hints and (severity == "error" or kind == "quality"):
@@ -261,7 +264,8 @@ class _Check:
 
     def _look_at(self, example: Example) -> None:
         """What can be told from the row alone."""
-        texts = [example.text] if example.text is not None else [message.content for message in example.messages]
+        plain = example.plain_text
+        texts = [message.content for message in example.messages] if plain is None else [plain]
         text = "\n".join(texts)
         self.columns.update(example.columns.keys())
         self.num_characters += len(text)
@@ -274,14 +278,16 @@ class _Check:
                 message = f"{' and '.join(found)} in the text would be learned"
                 hint = "remove it, or replace it by a placeholder"
                 self.report(Problem(kind, "warning", *example.origin, message=message, hint=hint))
-        if example.text is None:
+        if example.messages:
             self.labels.add(example.messages[-1].content, origin=example.origin)
+        elif isinstance(example.label, str):
+            self.labels.add(example.label, origin=example.origin)
 
     def _measure(self, batch: list[Example], count_tokens: CountTokens | None) -> None:
         """Count the tokens of the rows just read, and mark those that are too long."""
         start = len(self.states) - len(batch)
         for example in batch:
-            num_characters = len(example.text or "") + sum(len(message.content) for message in example.messages)
+            num_characters = len(example.plain_text or "") + sum(len(message.content) for message in example.messages)
             if count_tokens is None and num_characters > LONG_ROW_CHARACTERS:
                 message = f"{num_characters:,} characters are more than most models read (about 4 make a token)"
                 hint = "check with the recipe's base to count tokens"

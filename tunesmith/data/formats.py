@@ -152,7 +152,8 @@ def _read(value: Any, *, settings: DataSettings) -> _Reading:
     raise _RowError(
         f"the columns {columns} are no form that is known"
         " (messages; conversations; prompt and completion; instruction and output; text)",
-        hint=f"write data.mapping: {{prompt: {prompt}, completion: {completion}}}, with the columns that are meant"
+        hint=f"write data.mapping: {{prompt: {prompt}, completion: {completion}}}, with the columns that are meant,"
+        f" or {{text: {prompt}, label: {completion}}} for a class or a number"
         + (" (or data.form: text)" if "text" in names else ""),
     )
 

@@ -64,6 +64,11 @@ class Example:
     columns: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def plain_text(self) -> str | None:
+        """The text, or the words with spaces between them; None of a conversation."""
+        return " ".join(self.words) if self.words else self.text
+
+    @property
     def key(self) -> str:
         """32 hex digits: SHA-256 of what is trained and read, so the same content has the same key for ever."""
         labelled = () if self.label is None else (self.words, self.label)

@@ -66,9 +66,10 @@ def key_of(text: str) -> int:
 
 
 def said(example: Example) -> tuple[str, str, str]:
-    """An example as (system prompt, the rest of the prompt, answer); plain text is all prompt."""
-    if example.text is not None:
-        return "", example.text, ""
+    """An example as (system prompt, the rest of the prompt, answer); plain text is all prompt, a label the answer."""
+    if example.plain_text is not None:
+        label = example.label or ""
+        return "", example.plain_text, label if isinstance(label, str) else " ".join(label)
     system = example.messages[0].content if example.messages[0].role == "system" else ""
     *prompt, answer = [
         _words(message.content, message.extra) for message in example.messages if message.role != "system"
