@@ -249,3 +249,10 @@ def test_an_encoders_sequences_are_not_exported(tune: Tune, tmp_path: Path) -> N
     run = tune(TEXTS, base="bert")
     with pytest.raises(RecipeError, match="through another layer"):
         api.export(run, form="merged", out=tmp_path / "out", workspace=Workspace(tmp_path / "w"))
+
+
+def test_a_method_that_does_not_suit_the_base_leaves_no_run_behind(tune: Tune, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as error:
+        tune(TEXTS, base="bert", method={"kind": "adapters"})
+    assert error.value.hint
+    assert not Workspace(tmp_path / "w").run_folders()

@@ -103,14 +103,16 @@ def tune(
         resolved = resolved_of(recipe, model=model, prepared=prepared, template=template)
         if before is not None:
             check_unchanged(before, resolved)
+        parameters = model.num_parameters()
+        if growth is not None:
+            growth.extend(model, whole=recipe.method.saves_model)
+        _make_trainable(model, recipe)  # what does not suit the base is refused here, before there is a folder
         folder = before or workspace.new_run(recipe.name)
         write_start(folder, recipe, resolved, prepared=prepared, template=template)
-        index = index_of(workspace)
-        record_start(index, folder, recipe, model=model, prepared=prepared)
         if growth is not None:
             growth.write(folder)
-            growth.extend(model, whole=recipe.method.saves_model)
-        _make_trainable(model, recipe)
+        index = index_of(workspace)
+        record_start(index, folder, recipe, model=model, parameters=parameters, prepared=prepared)
         with recording(
             folder, trackers=recipe.train.trackers, recipe=resolved["recipe"], observer=observer
         ) as recorder:

@@ -225,7 +225,10 @@ def write_start(
     write_contract(folder, template=template, examples=examples)
 
 
-def record_start(index: Index, folder: Path, recipe: Recipe, *, model: Model, prepared: Prepared) -> None:
+def record_start(
+    index: Index, folder: Path, recipe: Recipe, *, model: Model, parameters: int, prepared: Prepared
+) -> None:
+    """Enter a run with its data and its base, which has so many `parameters`."""
     states = prepared.ledger["states"]
     counts = {
         "train": states["trained"] + states["truncated"],
@@ -244,7 +247,7 @@ def record_start(index: Index, folder: Path, recipe: Recipe, *, model: Model, pr
             datasets[role] = index.record_dataset(paths, rows=counts[role], form=recipe.data.form)
     path = Path(recipe.base.config) if isinstance(recipe.base, NewBase) else resolve_base(recipe.base)
     kind = str(model.causal.config.model_type)
-    base = index.record_base(path, name=model.name, model_type=kind, parameters=model.num_parameters())
+    base = index.record_base(path, name=model.name, model_type=kind, parameters=parameters)
     index.start_run(folder, datasets=datasets, base=base)
 
 
