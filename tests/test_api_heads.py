@@ -110,6 +110,17 @@ def test_rows_that_the_base_cannot_be_asked_are_left_out_for_all_and_counted(tun
     assert document["rows"] + document["left_out_rows"] == whole["rows"]
 
 
+@pytest.mark.parametrize("objective", ["classification", "contrastive"])
+def test_the_rows_of_a_head_are_prepared_once(tune: Tune, objective: str) -> None:
+    """What the objective took from the rows is part of the run's recipe, and the same rows are found with it."""
+    run = tune(TEXTS, objective={"kind": objective, "class_weights": "balanced"})
+    workspace = Workspace(run.path.parents[1])
+    before = sorted((workspace.cache / "prepared").iterdir())
+    api.evaluate(run, workspace=workspace)
+    assert len(before) == 1
+    assert sorted((workspace.cache / "prepared").iterdir()) == before
+
+
 def test_what_the_validation_rows_say_is_saved_and_used(tune: Tune) -> None:
     run = tune(TEXTS, objective={"kind": "classification", "right_share": 0.6})
     document = json.loads((run.path / "model" / "head.json").read_text("utf-8"))

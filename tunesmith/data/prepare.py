@@ -145,6 +145,7 @@ def prepare(
     read = {name: [f for s in sources for f in resolve(s)] for name, sources in _sources(settings).items()}
     _refuse_repeated(read)
     files = {name: [f"{shown} {sha256_file(path)}" for shown, path in found] for name, found in read.items()}
+    objective = objective.fitted(_usable(settings))  # so that the fitted one, as a run has it, finds the same rows
     what = {
         "files": files,
         "settings": settings.model_dump(mode="json"),
@@ -180,6 +181,17 @@ def _sources(settings: DataSettings) -> dict[str, list[str]]:
     return held | {"train": settings.train_paths}
 
 
+def _usable(settings: DataSettings) -> Iterator[tuple[Example, bool]]:
+    """All rows that can be read, and whether each is on the side of training."""
+    for name, sources in _sources(settings).items():
+        shares = settings.shares if name == "train" else {}
+        for source in sources:
+            for row in read_rows(source, on_bad=lambda problem: None):
+                example = examine(row, settings=settings)
+                if not isinstance(example, Problem):
+                    yield example, name == "train" and side(example.prompt_key, shares=shares) == "train"
+
+
 @dataclass
 class _Preparation:
     settings: DataSettings
@@ -196,7 +208,6 @@ class _Preparation:
     longest: tuple[int, Origin] | None = None
 
     def run(self) -> None:
-        self.objective = self.objective.fitted(self._usable())
         (self.folder / "objective.json").write_text(json.dumps(self.objective.model_dump(mode="json")), "utf-8")
         sides = ("train", "validation", "test")
         writers = {name: TokenWriter(self.folder / name) for name in sides if name != "test"}
@@ -235,16 +246,6 @@ class _Preparation:
                 hint="give more rows, or hold out fewer",
             )
         write_groups(store.folder, groups=groups)
-
-    def _usable(self) -> Iterator[tuple[Example, bool]]:
-        """All rows that can be read, and whether each is on the side of training."""
-        for name, sources in _sources(self.settings).items():
-            shares = self.settings.shares if name == "train" else {}
-            for source in sources:
-                for row in read_rows(source, on_bad=lambda problem: None):
-                    example = examine(row, settings=self.settings)
-                    if not isinstance(example, Problem):
-                        yield example, name == "train" and side(example.prompt_key, shares=shares) == "train"
 
     def _examples(self, sources: list[str]) -> Iterator[Example]:
         for source in sources:
