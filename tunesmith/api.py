@@ -56,6 +56,7 @@ from tunesmith.runs import (
     resolved_of,
     teacher_of,
     template_of,
+    template_of_run,
     with_objective,
     write_start,
     write_summary,
@@ -387,7 +388,7 @@ def load_several(
     Their names are the mapping's keys, or the runs' full names. Raises RecipeError where a run is of another base, keeps
     none or stores it in few bits, and what `load` raises.
     """
-    from tunesmith.combining import load_adapters, template_of_run
+    from tunesmith.combining import load_adapters
 
     if not runs:
         raise RecipeError("no run is given", hint="name the runs to load")

@@ -111,11 +111,12 @@ def data_prepare(
     """Read, split, render and count the rows of a recipe; nothing is trained."""
     from tunesmith.models.load import load_model
     from tunesmith.recipe import load_recipe
-    from tunesmith.runs import prepare_data
+    from tunesmith.runs import check_suits, prepare_data
     from tunesmith.texts import ledger_text
     from tunesmith.vocabulary import grow_tokenizer
 
     loaded, space = load_recipe(recipe, overrides=overrides), _workspace(workspace)
+    check_suits(loaded)
     model = load_model(loaded.base)
     growth = grow_tokenizer(loaded, model=model, workspace=space, on_message=_say)
     prepared = prepare_data(loaded, model=model, workspace=space)

@@ -5,10 +5,8 @@ every adapter, the combination too, answer every run's own held-out rows by bein
 beside that of the adapter that was tuned for the task, on the same rows, with the interval of the difference.
 """
 
-import datetime
 import difflib
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tunesmith.data.contract import FILE as CONTRACT
-from tunesmith.data.contract import check_contract
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example
 from tunesmith.errors import DataError, NotFoundError, RecipeError
@@ -37,17 +32,19 @@ from tunesmith.methods.combine import (
     updates_of,
 )
 from tunesmith.methods.several import Several, check_switchable
-from tunesmith.models.base import template_for
 from tunesmith.models.load import Model, load_model
 from tunesmith.registry.workspace import Workspace, check_recipe_name
 from tunesmith.runs import (
     Run,
     check_base,
     check_finished,
+    command_line,
+    device_named,
     index_of,
     own_rows,
     prepare_data,
     record_combined,
+    template_of_run,
     versions,
 )
 from tunesmith.storage import new_folder, read_json, write_bytes, write_json, write_text
@@ -200,17 +197,6 @@ def _check_contracts(runs: Sequence[Run]) -> None:
 # ------------------------------------------------------------------------------------------ several on one base
 
 
-def template_of_run(run: Run, *, model: Model) -> ChatTemplate:
-    """The template that was saved with a run, its token contract checked."""
-    saved = run.path / "model" / "chat_template.jinja"
-    document = read_json(run.path / CONTRACT)
-    source = saved.read_text("utf-8") if saved.is_file() else None
-    today = datetime.date.fromisoformat(document["today"])
-    template = template_for(model.tokenizer, config=model.causal.config.to_dict(), source=source, today=today)
-    check_contract(document, template=template, file=run.path / CONTRACT)
-    return template
-
-
 def _check_plain(run: Run) -> None:
     """RecipeError where the run has a head or tokens of its own, which no other run's adapter fits."""
     if run.recipe.objective.num_new_tokens:
@@ -228,8 +214,7 @@ def load_adapters(runs: Sequence[Run], *, names: Sequence[str], device: str) -> 
     for run in runs:
         check_switchable(run.recipe.method, run=run.name)
         _check_plain(run)
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    several = Several(load_model(runs[0].recipe.base, device=where))
+    several = Several(load_model(runs[0].recipe.base, device=device_named(device)))
     for run, name in zip(runs, names, strict=True):
         check_base(run, several.model)
         several.load(run.recipe.method, name=name, folder=run.path / "model")
@@ -342,7 +327,7 @@ def _write_run(
         "parameters": num_parameters,
         "combined": plan.as_text(),
         "versions": versions(),
-        "command": " ".join(["tunesmith", *sys.argv[1:]]) if Path(sys.argv[0]).name == "tunesmith" else "",
+        "command": command_line(),
     }
     write_json(folder / "run.json", value=summary)
     index.finish_run(folder.name, state="finished")

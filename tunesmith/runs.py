@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tunesmith.data.contract import FILE as CONTRACT
-from tunesmith.data.contract import write_contract
+from tunesmith.data.contract import check_contract, write_contract
 from tunesmith.data.prepare import Prepared, code_digest, prepare
 from tunesmith.data.sources import resolve
 from tunesmith.data.template import ChatTemplate
@@ -22,7 +22,15 @@ from tunesmith.data.types import Example
 from tunesmith.errors import DataError, NotFoundError, RecipeError, StorageError
 from tunesmith.evaluate.settings import RESOLVED
 from tunesmith.methods.base import num_trainable
-from tunesmith.models.base import NewBase, is_encoder, is_encoder_decoder, longest_unasked, resolve_base, template_for
+from tunesmith.models.base import (
+    ENCODER_DECODERS,
+    ENCODERS,
+    NewBase,
+    longest_unasked,
+    model_type_of,
+    resolve_base,
+    template_for,
+)
 from tunesmith.models.load import Model, load_model
 from tunesmith.recipe import Recipe
 from tunesmith.registry.index import Index
@@ -101,6 +109,11 @@ def teacher_of(recipe: Recipe, *, model: Model) -> Model | None:
     return teacher
 
 
+def device_named(name: str) -> str:
+    """`auto` is the GPU where torch can use one, else the CPU."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def template_of(model: Model, recipe: Recipe, *, run: Path | None = None) -> ChatTemplate:
     """The recipe's chat template, or the model's own; with the date of `run`, where a run goes on or is used."""
     today = None
@@ -120,11 +133,27 @@ def template_of(model: Model, recipe: Recipe, *, run: Path | None = None) -> Cha
     return template_for(model.tokenizer, config=config, today=today)
 
 
+def template_of_run(run: Run, *, model: Model) -> ChatTemplate:
+    """The template that was saved with a run, its token contract checked."""
+    saved = run.path / "model" / "chat_template.jinja"
+    document = read_json(run.path / CONTRACT)
+    source = saved.read_text("utf-8") if saved.is_file() else None
+    today = datetime.date.fromisoformat(document["today"])
+    template = template_for(model.tokenizer, config=model.causal.config.to_dict(), source=source, today=today)
+    check_contract(document, template=template, file=run.path / CONTRACT)
+    return template
+
+
 def check_suits(recipe: Recipe) -> None:
     """RecipeError where objective or method cannot work on the base, told from its configuration before it is loaded."""
-    encoder = is_encoder(recipe.base)
+    model_type = model_type_of(recipe.base)
+    encoder, encoder_decoder = model_type in ENCODERS, model_type in ENCODER_DECODERS
     recipe.objective.for_model(encoder=encoder)
-    recipe.objective.check_base(encoder_decoder=is_encoder_decoder(recipe.base))
+    recipe.objective.check_base(encoder_decoder=encoder_decoder)
+    if encoder_decoder and recipe.train.compile:
+        raise RecipeError(
+            "train.compile: an encoder-decoder's blocks would be compiled anew for every pack", hint="leave it out"
+        )
     if encoder and recipe.method.num_virtual_tokens:
         raise RecipeError(
             f"method '{recipe.method.kind}' puts virtual tokens before every text, and this base is an encoder",
@@ -141,11 +170,6 @@ def prepare_data(
     on_rows: Callable[[int], None] = lambda rows: None,
 ) -> Prepared:
     """Read, split, render and count the recipe's rows (from the cache where nothing changed)."""
-    recipe.objective.check_base(encoder_decoder=model.is_encoder_decoder)
-    if model.is_encoder_decoder and recipe.train.compile:
-        raise RecipeError(
-            "train.compile: an encoder-decoder's blocks would be compiled anew for every pack", hint="leave it out"
-        )
     recipe = with_objective(recipe, recipe.objective.for_model(encoder=model.is_encoder).model_dump())
     limit = model.context_tokens - recipe.method.num_virtual_tokens
     if recipe.data.max_tokens is not None and recipe.data.max_tokens > limit:
@@ -251,6 +275,11 @@ def record_start(
     index.start_run(folder, datasets=datasets, base=base)
 
 
+def command_line() -> str:
+    """How this program was called; empty where it is used from another."""
+    return " ".join(["tunesmith", *sys.argv[1:]]) if Path(sys.argv[0]).name == "tunesmith" else ""
+
+
 def write_summary(folder: Path, fit: Fit, *, stopped: str, state: str) -> None:
     progress = fit.progress
     summary = read_json(folder / "run.json") | {
@@ -271,7 +300,7 @@ def write_summary(folder: Path, fit: Fit, *, stopped: str, state: str) -> None:
         "best_step": progress.best_step,
         "stopped": stopped,
         "versions": versions(),
-        "command": " ".join(["tunesmith", *sys.argv[1:]]) if Path(sys.argv[0]).name == "tunesmith" else "",
+        "command": command_line(),
     }
     if (folder / VOCABULARY).is_file():
         summary["vocabulary"] = read_json(folder / VOCABULARY)

@@ -1,23 +1,17 @@
 """A tuned model ready for use: loaded from its run, checked, and asked."""
 
-import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tunesmith.data.answers import Answer
-from tunesmith.data.contract import FILE as CONTRACT
-from tunesmith.data.contract import check_contract
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example, Message, Origin
 from tunesmith.errors import RecipeError
 from tunesmith.generate.runner import Generator
 from tunesmith.generate.sampling import Sampling
 from tunesmith.methods import Method
-from tunesmith.models.base import template_for
 from tunesmith.models.heads import load_head
 from tunesmith.models.load import Model, load_model
 from tunesmith.objectives.headed import Headed
@@ -26,9 +20,10 @@ from tunesmith.runs import (
     Run,
     check_base,
     check_finished,
+    device_named,
     find_run,
+    template_of_run,
 )
-from tunesmith.storage import read_json
 from tunesmith.train.readings import predict
 from tunesmith.vocabulary import restore_vocabulary
 
@@ -113,7 +108,7 @@ def load(run: Run | Path | str, *, workspace: Workspace | None = None, device: s
     run = find_run(run, workspace=workspace)
     folder = run.path / "model"
     check_finished(run)
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    where = device_named(device)
     method = run.recipe.method
     if method.saves_model:
         model = load_model(str(folder), device=where)
@@ -129,9 +124,4 @@ def load(run: Run | Path | str, *, workspace: Workspace | None = None, device: s
             model.tokenizer.chat_template = template_path.read_text("utf-8")
     head = load_head(model, folder=folder) if run.recipe.objective.num_outputs else {}
     model.causal.eval()
-    contract = run.path / CONTRACT
-    document = read_json(contract)
-    today = datetime.date.fromisoformat(document["today"])
-    template = template_for(model.tokenizer, config=model.causal.config.to_dict(), today=today)
-    check_contract(document, template=template, file=contract)
-    return Tuned(run, model, template, method, head)
+    return Tuned(run, model, template_of_run(run, model=model), method, head)

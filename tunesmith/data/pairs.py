@@ -89,12 +89,11 @@ class PairTemplate(ChatTemplate):
 
 def _pair(example: Example) -> list[Message]:
     """The prompt's messages and the answer. TemplateError where the row is something else."""
-    last = max(i for i, m in enumerate(example.messages) if m.role == "assistant")
-    messages = [*example.messages[:last], example.messages[last]]
-    _check(messages[:-1], example.tools)
-    if messages[-1].extra:
+    messages, answer = example.asked
+    _check(list(messages), example.tools)
+    if answer.extra:
         raise TemplateError("the answer calls a tool, and an encoder-decoder answers in plain text", hint=OTHER_BASE)
-    return messages
+    return [*messages, answer]
 
 
 OTHER_BASE = "use a decoder as base, with objective: instruction"

@@ -69,6 +69,12 @@ class Example:
         return " ".join(self.words) if self.words else self.text
 
     @property
+    def asked(self) -> "tuple[tuple[Message, ...], Message]":
+        """The messages before the last assistant turn, and that turn."""
+        last = max(place for place, message in enumerate(self.messages) if message.role == "assistant")
+        return self.messages[:last], self.messages[last]
+
+    @property
     def key(self) -> str:
         """32 hex digits: SHA-256 of what is trained and read, so the same content has the same key for ever."""
         labelled = () if self.label is None else (self.words, self.label)

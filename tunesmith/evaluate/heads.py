@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from tunesmith.data.answers import Answer, Classes, Numbers, Tags
-from tunesmith.data.pack import build_packs
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example, Message, Origin, Sequence
 from tunesmith.errors import RecipeError
@@ -77,15 +76,16 @@ def that_fit(
 ) -> list[Example]:
     """The rows whose prompt in words, with the name of every class behind it, fits into the context."""
     assert objective.labels is not None
-    kept: list[Example] = []
-    for example in examples:
-        asked = worded(example)
-        if not kept:  # how a class is written does not depend on the row
-            names = _names(asked, shots=shots, labels=objective.labels, template=template)
-        prompt = template.prompt(prompt_messages(asked, shots=shots, plain=template.plain), tools=example.tools).ids
-        if len(prompt) + max(map(len, names)) <= room_tokens:
-            kept.append(example)
-    return kept
+    if not examples:
+        return []
+    names = _names(worded(examples[0]), shots=shots, labels=objective.labels, template=template)
+    room = room_tokens - max(map(len, names))  # how a class is written does not depend on the row
+    prompts = (prompt_messages(worded(e), shots=shots, plain=template.plain) for e in examples)
+    return [
+        example
+        for example, prompt in zip(examples, prompts, strict=True)
+        if len(template.prompt(prompt, tools=example.tools).ids) <= room
+    ]
 
 
 def _names(
@@ -107,11 +107,7 @@ def _likelihoods(model: Model, prompts: list[list[int]], names: list[np.ndarray]
             tokens_T = np.concatenate([np.array(prompt, np.int32), name_T])
             weight_T = np.concatenate([np.zeros(len(prompt), np.float32), np.ones(len(name_T), np.float32)])
             sequences.append(Sequence(tokens_T, weight_T, row * len(names) + k))
-    total = np.zeros(len(sequences))
-    with torch.no_grad():
-        for pack in build_packs(sequences, max_tokens=PACK_TOKENS):
-            logprob_N = model.target_logprobs(pack).double().cpu().numpy()
-            np.add.at(total, pack.rows_S[pack.sequence_N], logprob_N)
+    total = model.row_logprobs(sequences, num_rows=len(sequences), max_tokens=PACK_TOKENS)
     return total.reshape(len(prompts), len(names))
 
 
@@ -215,9 +211,7 @@ def _written(example: Example) -> str:
 
 
 def _shown(example: Example) -> list[Message]:
-    if example.messages:
-        return list(example.messages[:-1])
-    return [Message("user", example.text if example.text is not None else " ".join(example.words))]
+    return list(example.asked[0]) if example.messages else [Message("user", example.plain_text or "")]
 
 
 def _metrics(objective: Headed, *, settings: EvaluateSettings, answers: dict[str, Answers]) -> tuple[str, ...]:

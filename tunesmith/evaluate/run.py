@@ -12,9 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
-from tunesmith.data.pack import build_packs
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example, Message, Sequence
 from tunesmith.errors import DataError, ModelError, RecipeError
@@ -44,43 +42,37 @@ class System:
     template: ChatTemplate | None = None
 
 
-def asked(example: Example) -> tuple[list[Message], Message]:
-    """The messages before the last assistant turn, and that turn."""
-    last = max(i for i, m in enumerate(example.messages) if m.role == "assistant")
-    return list(example.messages[:last]), example.messages[last]
-
-
 def reference_of(example: Example, *, template: ChatTemplate) -> str:
     """What should be answered, as text: a turn's content, a tool call as the template writes it, or the plain text."""
     if example.text is not None:
         return example.text
-    messages, answer = asked(example)
+    messages, answer = example.asked
     if not answer.extra:
         return answer.content
-    sequence = template.sequences([_only_last(example, messages)])[0][-1]
+    sequence = template.sequences([_only_last(example, list(messages))])[0][-1]
     return template.tokenizer.decode(sequence.tokens_T[sequence.weight_T > 0].tolist())
 
 
 def _only_last(example: Example, prompt: list[Message]) -> Example:
     """The row with this prompt, in which the last assistant turn alone is trained."""
     read = tuple(Message(m.role, m.content, 0.0, m.extra) for m in prompt)
-    answer = asked(example)[1]
+    answer = example.asked[1]
     trained = Message(answer.role, answer.content, 1.0, answer.extra)
     return Example(example.origin, "chat", (*read, trained), tools=example.tools)
 
 
 def prompt_messages(example: Example, *, shots: tuple[Example, ...], plain: bool) -> list[Message]:
     """The prompt of a row with `shots` before it: as earlier turns, or as text where the base has no chat template."""
-    messages, _ = asked(example)
+    messages = list(example.asked[0])
     if not shots:
         return messages
     if plain:
-        shown = "\n\n".join(f"{asked(s)[0][-1].content}\n{asked(s)[1].content}" for s in shots)
+        shown = "\n\n".join(f"{s.asked[0][-1].content}\n{s.asked[1].content}" for s in shots)
         return [*messages[:-1], Message("user", f"{shown}\n\n{messages[-1].content}")]
     lead = [m for m in messages[:1] if m.role == "system"]
     turns: list[Message] = []
     for shot in shots:
-        before, answer = asked(shot)
+        before, answer = shot.asked
         turns += [m for m in before if m.role != "system"] + [answer]
     return lead + turns + messages[len(lead) :]
 
@@ -89,7 +81,7 @@ def default_metrics(examples: list[Example]) -> tuple[str, ...]:
     """What fits the answers: JSON, short labels, or prose. The first one decides the verdict."""
     if examples[0].text is not None:
         return ("bits_per_byte", "perplexity")
-    answers = [asked(e)[1].content.strip() for e in examples]
+    answers = [e.asked[1].content.strip() for e in examples]
     if all(a.startswith(("{", "[")) for a in answers):
         return ("exact_match", "json_fields", "json_valid", "perplexity")
     if np.mean([len(a) for a in answers]) <= SHORT_ANSWER_CHARACTERS:
@@ -162,7 +154,7 @@ def evaluate_systems(
             )
     references = [reference_of(e, template=template) for e in kept]
     scores = {name: {s: _score(name, a, references=references) for s, a in answers.items()} for name in names}
-    prompts = [[] if e.text is not None else asked(e)[0] for e in kept]
+    prompts = [[] if e.text is not None else list(e.asked[0]) for e in kept]
     return concluded(
         answers,
         scores,
@@ -259,15 +251,11 @@ def _likelihood(
         else:
             found = template.sequences([_only_last(example, prompt)])[0]
         sequences += [replace(s, row=row) for s in found]
-    nll_B, tokens_B = np.zeros(len(examples)), np.zeros(len(examples))
+    tokens_B = np.zeros(len(examples))
+    np.add.at(tokens_B, [s.row for s in sequences], [s.num_targets for s in sequences])
     was_training = model.causal.training
     model.causal.eval()
-    with torch.no_grad():
-        for pack in build_packs(sequences, max_tokens=PACK_TOKENS):
-            logprob_N = model.target_logprobs(pack)
-            rows_N = pack.rows_S[pack.sequence_N]
-            np.add.at(nll_B, rows_N, -logprob_N.double().cpu().numpy())
-            np.add.at(tokens_B, rows_N, 1)
+    nll_B = -model.row_logprobs(sequences, num_rows=len(examples), max_tokens=PACK_TOKENS)
     model.causal.train(was_training)
     if not np.isfinite(nll_B).all():
         raise ModelError("the model gives probabilities that are not finite", hint="evaluate another checkpoint")

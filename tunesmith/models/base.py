@@ -132,14 +132,9 @@ def config_path(base: "str | NewBase") -> Path:
     return Path(base.config) if isinstance(base, NewBase) else resolve_base(base) / "config.json"
 
 
-def is_encoder(base: "str | NewBase") -> bool:
-    """Whether every token sees the whole text; told from the configuration alone."""
-    return read_config(config_path(base))["model_type"] in ENCODERS
-
-
-def is_encoder_decoder(base: "str | NewBase") -> bool:
-    """Whether an encoder reads a text and a decoder writes another; told likewise."""
-    return read_config(config_path(base))["model_type"] in ENCODER_DECODERS
+def model_type_of(base: "str | NewBase") -> str:
+    """The model type that a base's configuration names."""
+    return str(read_config(config_path(base))["model_type"])
 
 
 def context_tokens(folder: Path) -> int:

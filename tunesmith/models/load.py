@@ -14,13 +14,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from tunesmith.data.pack import MIN_SHARED_TOKENS, NEVER, Pack
+from tunesmith.data.pack import MIN_SHARED_TOKENS, NEVER, Pack, build_packs
 from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.types import Sequence
 from tunesmith.errors import ModelError
 from tunesmith.models.base import (
     ENCODER_DECODERS,
@@ -32,7 +34,6 @@ from tunesmith.models.base import (
     digest_folder,
     first_position,
     read_config,
-    resolve_base,
     start_token,
 )
 from tunesmith.models.encoder_decoder import PairAttention
@@ -195,6 +196,17 @@ class Model:
             softcap=self.softcap,
         )
 
+    def row_logprobs(
+        self, sequences: list[Sequence], *, num_rows: int, max_tokens: int, min_shared: int = MIN_SHARED_TOKENS
+    ) -> np.ndarray:
+        """Log-probability [B] of all targets of each row, in nats and float64; `row` says whose a sequence is."""
+        total_B = np.zeros(num_rows)
+        with torch.no_grad():
+            for pack in build_packs(sequences, max_tokens=max_tokens, min_shared=min_shared):
+                logprob_N = self.target_logprobs(pack).double().cpu().numpy()
+                np.add.at(total_B, pack.rows_S[pack.sequence_N], logprob_N)
+        return total_B
+
     def outputs_at(self, pack: Pack, *, hidden_TD: Tensor | None = None) -> Tensor:
         """What the objective's head gives [N, K] at each token that is read, in float32 at least; gradients flow."""
         assert self.outputs is not None, "models/heads.py puts it there"
@@ -264,8 +276,8 @@ def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, dev
 
     from tunesmith.models import attention
 
-    folder = None if isinstance(base, NewBase) else resolve_base(base)
     path = config_path(base)
+    folder = None if isinstance(base, NewBase) else path.parent
     raw = read_config(path)
     tokenizer = Tokenizer.from_folder(Path(base.tokenizer) if isinstance(base, NewBase) else path.parent)
     encoder, pairs = raw["model_type"] in ENCODERS, raw["model_type"] in ENCODER_DECODERS

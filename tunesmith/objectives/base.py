@@ -39,6 +39,13 @@ class Readout:
     num_sequences: int
     divergence_N: Tensor | None = None
 
+    @classmethod
+    def of(cls, value: Tensor, pack: Pack, *, divergence_N: Tensor | None = None) -> "Readout":
+        """What was read at the sources of a pack."""
+        weight_N = torch.from_numpy(pack.weight_N).to(value.device, value.dtype)
+        sequence_N = torch.from_numpy(pack.sequence_N).to(value.device)
+        return cls(value, weight_N, sequence_N, len(pack.rows_S), divergence_N)
+
 
 @dataclass(frozen=True)
 class Loss:

@@ -21,7 +21,7 @@ from torch import Tensor
 from tunesmith.data.answers import Answer, Floats
 from tunesmith.data.pack import Pack
 from tunesmith.data.template import ChatTemplate
-from tunesmith.data.types import Example, Label, Message, Sequence
+from tunesmith.data.types import Example, Label, Sequence
 from tunesmith.errors import RecipeError
 from tunesmith.objectives.base import Objective, Readout, row_error
 
@@ -110,12 +110,6 @@ def known(pack: Pack) -> list[np.ndarray]:
     return values
 
 
-def asked(example: Example) -> tuple[tuple[Message, ...], str]:
-    """The messages before the last assistant turn, and what it says."""
-    last = max(i for i, m in enumerate(example.messages) if m.role == "assistant")
-    return example.messages[:last], example.messages[last].content.strip()
-
-
 def inputs(examples: list[Example], *, template: ChatTemplate) -> list[np.ndarray]:
     """Token ids [T] of what is read of each row.
 
@@ -129,7 +123,7 @@ def inputs(examples: list[Example], *, template: ChatTemplate) -> list[np.ndarra
         if text is not None:
             ids = [*tokenizer.begin_ids, *next(texts), *tokenizer.end_ids]
         elif example.messages:
-            ids = template.prompt(list(asked(example)[0]), tools=example.tools).ids
+            ids = template.prompt(list(example.asked[0]), tools=example.tools).ids
         else:
             raise row_error(
                 example,
@@ -143,7 +137,7 @@ def inputs(examples: list[Example], *, template: ChatTemplate) -> list[np.ndarra
 def _plain_text(example: Example, *, template: ChatTemplate) -> str | None:
     if example.text is not None or not (template.plain and example.messages):
         return example.text
-    return "\n".join(message.content for message in asked(example)[0])
+    return "\n".join(message.content for message in example.asked[0])
 
 
 def label_of(example: Example) -> Label:
@@ -151,7 +145,7 @@ def label_of(example: Example) -> Label:
     if example.label is not None:
         return example.label
     if example.messages:
-        return asked(example)[1]
+        return example.asked[1].content.strip()
     raise row_error(
         example,
         "the row has a text and no label",

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from tunesmith.data.formats import json_type
 from tunesmith.data.ledger import Problem
-from tunesmith.data.pack import build_packs
 from tunesmith.data.sources import read_rows
 from tunesmith.data.types import Sequence
 from tunesmith.errors import DataError
@@ -85,9 +83,4 @@ def sentence_logprobs(model: Model, *, texts: list[str]) -> np.ndarray:
         weight_T = np.ones(len(tokens_T), dtype=np.float32)
         weight_T[0] = 0
         sequences.append(Sequence(tokens_T, weight_T, row))
-    total_S = np.zeros(len(texts))
-    with torch.no_grad():
-        for pack in build_packs(sequences, max_tokens=PACK_TOKENS, min_shared=4):
-            logprob_N = model.target_logprobs(pack)
-            np.add.at(total_S, pack.rows_S[pack.sequence_N], logprob_N.double().cpu().numpy())
-    return total_S
+    return model.row_logprobs(sequences, num_rows=len(texts), max_tokens=PACK_TOKENS, min_shared=4)

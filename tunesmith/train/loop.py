@@ -96,14 +96,11 @@ def forward(
     hidden_TD = model.hidden(model.attention(pack)) if features is None else features.hidden(model, pack)
     read = {"outputs": model.outputs_at, "hidden": model.hidden_at}.get(objective.reads, model.target_logprobs)
     value = read(pack, hidden_TD=hidden_TD)
-    weight_N = torch.from_numpy(pack.weight_N).to(value.device, value.dtype)
-    sequence_N = torch.from_numpy(pack.sequence_N).to(value.device)
     divergence_N = None
     if objective.reads == "divergences":
         assert teacher is not None, "an objective that reads divergences has a teacher"
         divergence_N = divergences(model, pack, hidden_TD=hidden_TD, objective=objective, teacher=teacher)
-    readout = Readout(value, weight_N, sequence_N, len(pack.rows_S), divergence_N)
-    return objective.loss(readout, pack)
+    return objective.loss(Readout.of(value, pack, divergence_N=divergence_N), pack)
 
 
 def divergences(model: Model, pack: Pack, *, hidden_TD: Tensor, objective: Objective, teacher: Model) -> Tensor:

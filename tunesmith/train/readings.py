@@ -34,9 +34,7 @@ def read_sequences(
     model.causal.eval()
     with torch.no_grad(), autocast(model, settings):
         for pack in packed(numbered, model=model, settings=settings):
-            value = read(pack)
-            weight_N, sequence_N = (torch.from_numpy(x).to(value.device) for x in (pack.weight_N, pack.sequence_N))
-            output_MK, owner_M = objective.by_row(Readout(value, weight_N, sequence_N, len(pack.rows_S)))
+            output_MK, owner_M = objective.by_row(Readout.of(read(pack), pack))
             outputs, owners = output_MK.double().cpu().numpy(), owner_M.cpu().numpy()
             for sequence, row in enumerate(pack.rows_S.tolist()):
                 found[row] = outputs[owners == sequence]
