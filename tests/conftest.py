@@ -199,7 +199,7 @@ def build_model(
     folder = tmp_path_factory.mktemp("configs")
 
     def build(architecture: str, *, dtype: torch.dtype = torch.float64, **config: Any) -> Model:
-        path = folder / f"{architecture}.json"
+        path = folder / f"{architecture}-{os.getpid()}.json"  # processes of one test build theirs at once
         made = (CONFIGS | ENCODER_CONFIGS | PAIR_CONFIGS)[architecture]
         path.write_text(json.dumps({"model_type": architecture} | made | config), "utf-8")
         tokenizer = encoder_tokenizer_folder if architecture in ENCODER_CONFIGS else toy_tokenizer_folder

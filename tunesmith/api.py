@@ -64,10 +64,11 @@ from tunesmith.runs import (
 from tunesmith.storage import new_folder
 from tunesmith.train.loop import Fit, Observer
 from tunesmith.train.observers import Silent
+from tunesmith.train.parallel import Processes, launched
 from tunesmith.train.readings import finish_head
 from tunesmith.train.trackers import recording
 from tunesmith.tuned import Tuned, load
-from tunesmith.vocabulary import grow_tokenizer, record_tokenizer
+from tunesmith.vocabulary import Growth, grow_tokenizer, record_tokenizer
 
 
 def tune(
@@ -86,60 +87,83 @@ def tune(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe), overrides=overrides)
     workspace = workspace or find_workspace()
-    observer = observer or Silent()
-    with _Signals() as signals:
-        check_installed(recipe.method.stored_in)
-        check_suits(recipe)
-        model = load_model(recipe.base, device=device_of(recipe.train))
-        teacher = teacher_of(recipe, model=model)
-        before = find_unfinished(workspace, recipe) if resume else None
-        template = template_of(model, recipe, run=before)
-        growth = grow_tokenizer(
-            recipe, model=model, workspace=workspace, template=template, on_message=observer.message
-        )
-        if growth is not None:
-            template = template_of(model, recipe, run=before)
-        prepared = prepare_data(recipe, model=model, workspace=workspace, template=template)
-        recipe = with_objective(recipe, prepared.objective)
-        resolved = resolved_of(recipe, model=model, prepared=prepared, template=template)
-        if before is not None:
-            check_unchanged(before, resolved)
-        parameters = model.num_parameters()
-        if growth is not None:
-            growth.extend(model, whole=recipe.method.saves_model)
-        _make_trainable(model, recipe)  # what does not suit the base is refused here, before there is a folder
+    with launched(recipe.train) as processes, _Signals(processes) as signals:
+        observer = observer if observer is not None and processes.is_first else Silent()
+        start = _start(recipe, workspace=workspace, processes=processes, resume=resume, say=observer.message)
+        recipe, folder, index = start.recipe, start.folder, index_of(workspace)
+        processes.divide(start.model)
+        with contextlib.ExitStack() as stack:
+            if processes.is_first:
+                told = {"trackers": recipe.train.trackers, "recipe": start.resolved["recipe"], "observer": observer}
+                observer = stack.enter_context(recording(folder, **told))
+            fit = Fit(
+                start.model,
+                method=recipe.method,
+                objective=recipe.objective,
+                train=start.prepared.train,
+                validation=start.prepared.validation,
+                settings=recipe.train,
+                folder=folder,
+                observer=observer,
+                teacher=start.teacher,
+                processes=processes,
+            )
+            signals.fit = fit
+            stopped = _run(fit, folder=folder, index=index, resume=resume)
+        processes.first(partial(_finish, fit, start, index=index, stopped=stopped))
+    return Run(folder)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a run begins with; `recipe` has in it what the objective took from the base and the rows."""
+
+    recipe: Recipe
+    resolved: dict[str, Any]
+    model: Model
+    teacher: Model | None
+    prepared: Prepared
+    growth: Growth | None
+    folder: Path
+
+
+def _start(
+    recipe: Recipe, *, workspace: Workspace, processes: Processes, resume: bool, say: Callable[[str], None]
+) -> _Start:
+    """Load the base, prepare the rows, make trainable what is trained, and open the run's folder."""
+    check_installed(recipe.method.stored_in)
+    check_suits(recipe)
+    model = load_model(recipe.base, device=device_of(recipe.train))
+    teacher = teacher_of(recipe, model=model)
+    before = processes.first(partial(find_unfinished, workspace, recipe)) if resume else None
+    template = template_of(model, recipe, run=before)
+    shared: dict[str, Any] = {"model": model, "workspace": workspace, "template": template}
+    growth = processes.first_before_others(partial(grow_tokenizer, recipe, on_message=say, **shared))
+    if growth is not None:
+        shared["template"] = template = template_of(model, recipe, run=before)
+    prepared = processes.first_before_others(partial(prepare_data, recipe, **shared))
+    recipe = with_objective(recipe, prepared.objective)
+    resolved = resolved_of(recipe, model=model, prepared=prepared, template=template)
+    if before is not None:
+        check_unchanged(before, resolved)
+    parameters = model.num_parameters()
+    _make_trainable(model, recipe, growth=growth)  # what does not suit the base is refused before there is a folder
+
+    def opened() -> Path:
         folder = before or workspace.new_run(recipe.name)
         write_start(folder, recipe, resolved, prepared=prepared, template=template)
         if growth is not None:
             growth.write(folder)
-        index = index_of(workspace)
-        record_start(index, folder, recipe, model=model, parameters=parameters, prepared=prepared)
-        with recording(
-            folder, trackers=recipe.train.trackers, recipe=resolved["recipe"], observer=observer
-        ) as recorder:
-            fit = Fit(
-                model,
-                method=recipe.method,
-                objective=recipe.objective,
-                train=prepared.train,
-                validation=prepared.validation,
-                settings=recipe.train,
-                folder=folder,
-                observer=recorder,
-                teacher=teacher,
-            )
-            signals.fit = fit
-            stopped = _run(fit, folder=folder, index=index, resume=resume)
-        fit.restore_best()
-        _save_model(model, recipe, prepared=prepared, folder=folder / "model")
-        record_tokenizer(folder)
-        write_summary(folder, fit, stopped=stopped, state="finished")
-        index.finish_run(folder.name, state="finished")
-    return Run(folder)
+        record_start(index_of(workspace), folder, recipe, model=model, parameters=parameters, prepared=prepared)
+        return folder
+
+    return _Start(recipe, resolved, model, teacher, prepared, growth, processes.first(opened))
 
 
-def _make_trainable(model: Model, recipe: Recipe) -> None:
+def _make_trainable(model: Model, recipe: Recipe, *, growth: Growth | None) -> None:
     """Insert and unfreeze what the method and the objective train, in the precision and with the speed that is asked for."""
+    if growth is not None:
+        growth.extend(model, whole=recipe.method.saves_model)
     recipe.method.apply(model, seed=recipe.train.seed)
     train_new_rows(model)
     if recipe.objective.reads == "outputs":
@@ -178,19 +202,36 @@ def _run(fit: Fit, *, folder: Path, index: Index, resume: bool) -> str:
         if resume:
             fit.resume()
         return fit.run().stopped
-    except Interrupted:
-        write_summary(folder, fit, stopped="signal", state="stopped")
-        index.finish_run(folder.name, state="stopped")
+    except BaseException as error:
+        interrupted = isinstance(error, Interrupted)
+        if fit.processes.is_first:
+            if interrupted:
+                write_summary(folder, fit, stopped="signal", state="stopped")
+            index.finish_run(folder.name, state="stopped" if interrupted else "failed")
         raise
-    except BaseException:
-        index.finish_run(folder.name, state="failed")
-        raise
+
+
+def _finish(fit: Fit, start: _Start, *, index: Index, stopped: str) -> None:
+    """Save the model with the weights of the best validation loss, put together again where it was divided."""
+    whole = None
+    if fit.processes.divides:
+        whole = load_model(start.recipe.base, device=device_of(start.recipe.train))
+        _make_trainable(whole, start.recipe, growth=start.growth)
+    fit.restore_best(whole)
+    _save_model(whole or fit.model, start.recipe, prepared=start.prepared, folder=start.folder / "model")
+    record_tokenizer(start.folder)
+    write_summary(start.folder, fit, stopped=stopped, state="finished")
+    index.finish_run(start.folder.name, state="finished")
 
 
 class _Signals:
-    """SIGINT and SIGTERM ask the loop to save and stop; before the loop runs they stop at once. A second one kills."""
+    """SIGINT and SIGTERM ask the loop to save and stop; before the loop runs they stop at once. A second one kills.
 
-    def __init__(self) -> None:
+    Of several processes a second one does nothing: a terminal and torchrun both pass on the same Ctrl-C.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
         self.fit: Fit | None = None
         self._before: dict[int, Any] = {}
 
@@ -207,7 +248,7 @@ class _Signals:
     def _handle(self, number: int, frame: Any) -> None:
         if self.fit is None:
             raise Interrupted("stopped before anything was trained", hint="run it again", signal_number=number)
-        if self.fit.signal_number is not None:
+        if self.fit.signal_number is not None and self.processes.count == 1:
             hint = "the same command with --resume goes on from the last checkpoint"
             raise Interrupted("stopped at once, without saving", hint=hint, signal_number=number)
         self.fit.signal_number = number

@@ -150,9 +150,10 @@ def train(
     from tunesmith.texts import train_text
     from tunesmith.train.observers import terminal_progress
 
-    with terminal_progress() as progress:
+    with terminal_progress() as progress:  # shows nothing before it is told something, as only the first process is
         run = tune(recipe, workspace=_workspace(workspace), overrides=overrides, resume=resume, observer=progress)
-    _show(run.summary, as_json=as_json, text=lambda: train_text(run.summary))
+    if _process_number() == 0:
+        _show(run.summary, as_json=as_json, text=lambda: train_text(run.summary))
 
 
 @app.command()
@@ -325,8 +326,14 @@ def _index(workspace: Path | None) -> Any:
     return Index(space.index, store=Store(space.store))
 
 
+def _process_number() -> int:
+    """Which of the processes that torchrun started this is; 0 where there are no others."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def _fail(message: str, hint: str, status: int) -> NoReturn:
-    _say(f"error: {' '.join(message.split())}")
+    which = f" in process {number}" if (number := _process_number()) else ""
+    _say(f"error{which}: {' '.join(message.split())}")
     _say(f"hint: {' '.join(hint.split()) or 'tunesmith --help lists the commands'}")
     sys.exit(status)
 

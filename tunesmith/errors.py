@@ -8,6 +8,8 @@
      ├── NotFoundError (LookupError)      no such run, version, file or hub name
      ├── MissingExtraError (ImportError)  an optional dependency is not installed
      ├── NumericalError (ArithmeticError) the loss or a gradient is not finite
+     ├── OutOfMemoryError (MemoryError)   not even one row at a time fits
+     ├── ElsewhereError (RuntimeError)    another process of the same run stopped with an error
      ├── StorageError (OSError)           a write failed or a checkpoint is damaged
      └── Interrupted (KeyboardInterrupt)  stopped by a signal after saving
 
@@ -64,6 +66,14 @@ class NumericalError(TunesmithError, ArithmeticError):
 
 class StorageError(TunesmithError, OSError):
     """A write failed, or what was written is damaged."""
+
+
+class OutOfMemoryError(TunesmithError, MemoryError):
+    """Not even one row at a time fits into memory."""
+
+
+class ElsewhereError(TunesmithError, RuntimeError):
+    """Another process of the same run stopped with an error."""
 
 
 class Interrupted(TunesmithError, KeyboardInterrupt):

@@ -299,6 +299,7 @@ def write_summary(folder: Path, fit: Fit, *, stopped: str, state: str) -> None:
         "validation_loss": progress.best_loss if progress.best_loss is not None else progress.validation_loss,
         "best_step": progress.best_step,
         "stopped": stopped,
+        "processes": fit.processes.count,
         "versions": versions(),
         "command": command_line(),
     }

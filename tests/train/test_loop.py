@@ -19,7 +19,7 @@ from torch import Tensor
 from tunesmith.data.pack import Pack, build_pack
 from tunesmith.data.tokens import TokenStore
 from tunesmith.data.types import Sequence
-from tunesmith.errors import Interrupted, NumericalError, StorageError
+from tunesmith.errors import Interrupted, NumericalError, OutOfMemoryError, StorageError
 from tunesmith.methods import Method
 from tunesmith.methods.base import set_trainable_dtype, trainable
 from tunesmith.methods.full import Full
@@ -28,6 +28,7 @@ from tunesmith.models.load import Model
 from tunesmith.objectives.instruction import Instruction
 from tunesmith.train import checkpoint
 from tunesmith.train.loop import Fit, epoch_order, evaluate_loss, forward
+from tunesmith.train.memory import is_out_of_memory
 from tunesmith.train.settings import TrainSettings
 
 BuildModel = Callable[..., Model]
@@ -595,3 +596,87 @@ def test_without_validation_there_is_no_best_to_go_back_to(make_fit: MakeFit) ->
     fit.restore_best()
     assert same_bits(weights(fit), end)
     assert fit.progress.best_step is None
+
+
+# When memory does not hold it
+
+
+def holds(fit: Fit, *, most_tokens: int) -> None:
+    """From here on the model fails as on a full device where more tokens come at a time."""
+
+    def check(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs["input_ids"].numel() > most_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    fit.model.causal.base_model.register_forward_pre_hook(check, with_kwargs=True)
+
+
+@pytest.mark.usefixtures("exact")
+def test_out_of_memory_halves_what_goes_through_and_does_the_step_again(make_fit: MakeFit, heard: Any) -> None:
+    settings = {"method": Full(), "dtype": torch.float64, "micro_batch_tokens": 200, "epochs": 3}
+    whole = make_fit("whole", **settings)
+    whole.run()
+    losses = [record["loss"] for record in heard.steps]
+    heard.steps.clear()
+    short = make_fit("short", **settings)
+    holds(short, most_tokens=60)
+    short.run()
+    assert short.progress.tokens_at_a_time == 50
+    said = [message.partition(": ")[2] for message in heard.messages if message.startswith("out of memory at step")]
+    then = "the step is done again with the same rows, so the loss stays the same"
+    assert said == [
+        f"{now} tokens at a time from here on, and not {before}; {then}" for before, now in ((200, 100), (100, 50))
+    ]
+    assert [record["loss"] for record in heard.steps] == pytest.approx(losses, rel=1e-10)
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(short)[name], tensor, rtol=1e-8, atol=1e-10)
+    assert (short.progress.tokens, short.progress.rows) == (whole.progress.tokens, whole.progress.rows)
+
+
+def test_a_resumed_run_remembers_what_memory_held(make_fit: MakeFit, heard: Any) -> None:
+    settings: dict[str, Any] = {"micro_batch_tokens": 200, "epochs": 3}
+    whole = make_fit("whole", **settings)
+    holds(whole, most_tokens=60)
+    whole.run()
+
+    def stop(step: int) -> None:
+        if step == 4:
+            stopped.signal_number = 15
+
+    stopped = make_fit("run", observer=Hook(stop, heard), **settings)
+    holds(stopped, most_tokens=60)
+    with pytest.raises(Interrupted):
+        stopped.run()
+    again = make_fit("run", **settings)  # on a larger machine, which would have had room for more
+    again.resume()
+    again.run()
+    assert again.settings.micro_batch_tokens == 50
+    assert same_bits(weights(again), weights(whole))
+
+
+def test_what_no_halving_helps_is_an_error_and_changes_nothing(make_fit: MakeFit) -> None:
+    fit = make_fit()
+    before = weights(fit)
+    holds(fit, most_tokens=3)
+    with pytest.raises(OutOfMemoryError, match="not even one row at a time fits into memory at step") as error:
+        fit.run()
+    assert "gradient_checkpointing" in error.value.hint
+    assert same_bits(weights(fit), before)
+
+
+def test_an_error_that_is_not_about_memory_stays_what_it_is(make_fit: MakeFit) -> None:
+    fit = make_fit()
+
+    def fails(module: Any, args: Any) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    fit.model.causal.base_model.register_forward_pre_hook(fails)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        fit.run()
+
+
+def test_an_allocation_that_failed_on_a_cpu_is_known() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 52)
+    assert is_out_of_memory(error.value)
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -165,6 +165,15 @@ class Totals:
         self.sums[name] = self.sums.get(name, 0.0) + sum
         self.counts[name] = self.counts.get(name, 0.0) + count
 
+    @classmethod
+    def of(cls, parts: "list[Totals]") -> "Totals":
+        """Several added up."""
+        found = cls()
+        for part in parts:
+            for name in part.sums:
+                found.add(name, sum=part.sums[name], count=part.counts[name])
+        return found
+
     def mean(self, name: str) -> float:
         """The one division."""
         return self.sums[name] / self.counts[name]

@@ -22,7 +22,7 @@ from torch import Tensor
 from tunesmith.data.pack import Pack, build_packs, build_unit_packs
 from tunesmith.data.tokens import TokenStore
 from tunesmith.data.types import Sequence
-from tunesmith.errors import Interrupted, NumericalError
+from tunesmith.errors import Interrupted, NumericalError, OutOfMemoryError
 from tunesmith.methods.base import Method, num_trainable, trainable
 from tunesmith.models.blocks import num_frozen_blocks
 from tunesmith.models.load import Model
@@ -30,9 +30,12 @@ from tunesmith.models.readout import target_divergences
 from tunesmith.objectives.base import Loss, Objective, Readout, Totals
 from tunesmith.train import checkpoint
 from tunesmith.train.features import FrozenFeatures, open_features
-from tunesmith.train.memory import peak_memory_bytes, release_free_memory
+from tunesmith.train.memory import is_out_of_memory, peak_memory_bytes, release_all, release_free_memory
 from tunesmith.train.optimiser import Optimiser, learning_rate
+from tunesmith.train.parallel import ALONE, Processes, clip_gradients, gradient_norm, part_like
 from tunesmith.train.settings import TrainSettings
+
+FEWEST_TOKENS = 32  # at a time: fewer than a row, so that halving them helps no more
 
 
 class Observer(Protocol):
@@ -69,6 +72,7 @@ class Progress:
     best_step: int | None = None
     validated_step: int = 0
     validations_since_best: int = 0
+    tokens_at_a_time: int | None = None  # where memory did not hold what the settings say
     recent: list[float] = field(default_factory=list)  # training losses since the last validation
     last_recent: float | None = None
     rising: int = 0
@@ -156,8 +160,10 @@ class Fit:
         folder: Path,
         observer: Observer,
         teacher: Model | None = None,
+        processes: Processes = ALONE,
     ):
         self.model, self.method, self.objective, self.settings = model, method, objective, settings
+        self.processes = processes
         self.train, self.validation, self.teacher = train, validation, teacher
         self.folder, self.observer = folder / "checkpoints", observer
         self.peak = settings.learning_rate or method.learning_rate
@@ -180,7 +186,7 @@ class Fit:
     def _frozen_features(self, folder: Path) -> tuple[FrozenFeatures | None, FrozenFeatures | None]:
         """What frozen blocks give for the training and validation rows, where either is seen more than once."""
         settings = self.settings
-        if settings.reuse_frozen == "off" or settings.compile:
+        if settings.reuse_frozen == "off" or settings.compile or self.processes.count > 1:
             return None, None
         num_blocks = num_frozen_blocks(self.model, moving=set(self.parameters.values()))
         again = self.num_steps * settings.batch_rows > len(self.train)
@@ -218,16 +224,17 @@ class Fit:
     def _next_step(self) -> None:
         started = time.perf_counter()
         units, position = self._next_units()
-        packs = self._packs(units)
-        record = self._step(packs, units)
+        before = self.progress.tokens
+        while (record := self._step(units)) is None:
+            self._use_less_memory()
         progress = self.progress
         progress.epoch, progress.cursor = position
         progress.step += 1
         progress.rows += len(units)
         seconds = time.perf_counter() - started
         progress.seconds += seconds
-        tokens = sum(p.num_row_tokens for p in packs)
-        record |= {"tokens": progress.tokens, "tokens_per_second": tokens / seconds, "epoch": self._epochs_done()}
+        speed = (progress.tokens - before) / seconds
+        record |= {"tokens": progress.tokens, "tokens_per_second": speed, "epoch": self._epochs_done()}
         self.observer.step({"step": progress.step, "time": time.time()} | record)
 
     def _stop_early(self) -> bool:
@@ -262,42 +269,103 @@ class Fit:
         found = [rows.unit(unit) for unit in units]
         return list(packed(found, model=self.model, settings=self.settings, whole=self.objective.whole_units))
 
-    def _step(self, packs: list[Pack], units: list[int]) -> dict[str, float]:
-        """One optimiser step. A signal before the update saves and raises: nothing has changed then."""
-        total = sum(self.objective.count(pack) for pack in packs)
+    def _step(self, units: list[int]) -> dict[str, float] | None:
+        """One optimiser step on these units, of which each process takes its share; None where memory did not hold it.
+
+        A signal before the update saves and raises: nothing has changed then.
+        """
+        own = self.processes.share(units)
+        packs = self._packs(own or units[:1])  # who has none keeps step with the others
+        real = packs if own else []
+        counted = [
+            sum(self.objective.count(pack) for pack in real),
+            sum(pack.num_row_tokens for pack in real),
+            sum(pack.num_computed_tokens for pack in real),
+            sum(len(pack.target_N) for pack in real),
+        ]
+        total, tokens, computed, targets = self.processes.sums(counted)
         rate = learning_rate(self.progress.step, peak=self.peak, num_steps=self.num_steps, settings=self.settings)
         if self.features is not None:
             self.features.step = self.progress.step
         self.method.at_step(self.model, share=self.progress.step / self.num_steps)
         self.optimiser.zero_grad()
-        loss_sum = 0.0
-        for index, pack in enumerate(packs):
-            if self.signal_number is not None:
-                self._interrupted()
-            torch.manual_seed(seed_for(seed=self.settings.seed, step=self.progress.step, pack=index))
-            with autocast(self.model, self.settings):
-                loss = forward(self.model, pack, objective=self.objective, features=self.features, teacher=self.teacher)
-            (loss.sum / total).backward()
-            loss_sum += float(loss.sum.detach())
-        norm = self._clip()
+        loss_sum = self._accumulate(packs, num_real=len(real), total=total)
+        if loss_sum is None:
+            return None
+        norm = clip_gradients(self.parameters, limit=self.settings.clip)
         if not (math.isfinite(loss_sum) and math.isfinite(norm)):
             self._not_finite(units, loss_sum=loss_sum, norm=norm)
         self.optimiser.step(learning_rate=rate)
         release_free_memory()
         progress = self.progress
-        progress.tokens += sum(p.num_row_tokens for p in packs)
-        progress.computed_tokens += sum(p.num_computed_tokens for p in packs)
-        progress.target_tokens += sum(len(p.target_N) for p in packs)
+        progress.tokens += int(tokens)
+        progress.computed_tokens += int(computed)
+        progress.target_tokens += int(targets)
         progress.train_loss = loss_sum / total
         progress.recent.append(progress.train_loss)
         return {"loss": progress.train_loss, "learning_rate": rate, "grad_norm": norm}
 
-    def _clip(self) -> float:
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.settings.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.settings.clip, norm)
-        return float(norm)
+    def _accumulate(self, packs: list[Pack], *, num_real: int, total: float) -> float | None:
+        """The gradient of the loss over all processes, which is returned; None where one of them was out of memory.
+
+        All go round equally often: where the blocks are divided a pack needs everyone, and one with nothing left to do
+        computes with no weight.
+        """
+        loss_sum, short = 0.0, False
+        for index in range(self.processes.most([len(packs)])[0]):
+            if self._signalled():
+                self._interrupted()
+            if short or (index >= num_real and not self.processes.divides):
+                continue
+            pack = packs[min(index, len(packs) - 1)]
+            seed = seed_for(
+                seed=self.settings.seed,
+                step=self.progress.step,
+                pack=index * self.processes.count + self.processes.rank,
+            )
+            torch.manual_seed(seed)
+            try:
+                with autocast(self.model, self.settings):
+                    loss = forward(
+                        self.model, pack, objective=self.objective, features=self.features, teacher=self.teacher
+                    )
+                (loss.sum / total if index < num_real else 0 * loss.sum).backward()
+                loss_sum += float(loss.sum.detach()) if index < num_real else 0.0
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.processes.divides:
+                    raise
+                short = True
+        if self.processes.most([int(short)])[0]:
+            return None
+        self.processes.sum_gradients(self.parameters)
+        return self.processes.sums([loss_sum])[0]
+
+    def _use_less_memory(self) -> None:
+        """Half as many tokens at a time from here on; OutOfMemoryError where that is no help any more."""
+        self.optimiser.zero_grad()
+        release_all()
+        before = self.settings.tokens_at_a_time(self.model.device.type)
+        if before <= FEWEST_TOKENS:
+            raise OutOfMemoryError(
+                f"not even one row at a time fits into memory at step {self.progress.step + 1}",
+                hint="use train.gradient_checkpointing: true, method: qlora, a smaller data.max_tokens or a smaller base",
+            )
+        self._put_through(before // 2)
+        self.observer.message(
+            f"out of memory at step {self.progress.step + 1}: {before // 2:,} tokens at a time from here on, "
+            f"and not {before:,}; the step is done again with the same rows, so the loss stays the same"
+        )
+
+    def _put_through(self, num_tokens: int) -> None:
+        self.progress.tokens_at_a_time = num_tokens
+        self.settings = self.settings.model_copy(update={"micro_batch_tokens": num_tokens})
+
+    def _signalled(self) -> bool:
+        """Whether a signal came to any process."""
+        number = self.processes.most([self.signal_number or 0])[0]
+        if number:
+            self.signal_number = number
+        return bool(number)
 
     def _not_finite(self, units: list[int], *, loss_sum: float, norm: float) -> NoReturn:
         """Find the rows at fault one by one and raise; the weights are those before the step."""
@@ -311,8 +379,7 @@ class Fit:
                     loss = forward(self.model, pack, objective=self.objective, teacher=self.teacher)
                 loss.sum.backward()
                 total += float(loss.sum.detach())
-            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-            if not (math.isfinite(total) and math.isfinite(float(torch.nn.utils.get_total_norm(gradients)))):
+            if not (math.isfinite(total) and math.isfinite(float(gradient_norm(list(self.parameters.values()))))):
                 found.append(str(self.train.origin(unit)))
         self.optimiser.zero_grad()
         rows = ", ".join(found[:5]) if found else "no single row; it comes from their sum"
@@ -341,7 +408,8 @@ class Fit:
             objective=self.objective,
             settings=self.settings,
             teacher=self.teacher,
-            interrupted=lambda: self.signal_number is not None,
+            processes=self.processes,
+            interrupted=self._signalled,
         )
         if totals is None:
             self._interrupted()
@@ -367,9 +435,7 @@ class Fit:
             )
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.validations_since_best = loss, progress.step, 0
-            checkpoint.save(
-                self.folder, name="best", tensors=self._weights(), state={"step": progress.step, "loss": loss}
-            )
+            self._write("best", tensors=self._weights(), state={"step": progress.step, "loss": loss})
         else:
             progress.validations_since_best += 1
 
@@ -379,25 +445,37 @@ class Fit:
     def save(self) -> None:
         """Write a checkpoint of everything the run needs to go on."""
         name = f"step-{self.progress.step:08d}"
-        if (self.folder / name).exists():
+        if self.processes.first((self.folder / name).exists):
             return
         for features in (self.features, self.validation_features):
             if features is not None:
                 features.flush()
-        tensors = self._weights() | {f"optimiser/{k}": v for k, v in self.optimiser.state().items()}
-        checkpoint.save(self.folder, name=name, tensors=tensors, state={"progress": asdict(self.progress)})
-        checkpoint.remove_old(self.folder)
+        self._write(
+            name,
+            tensors=self._weights() | {f"optimiser/{k}": v for k, v in self.optimiser.state().items()},
+            state={"progress": asdict(self.progress)},
+        )
+        if self.processes.is_first:
+            checkpoint.remove_old(self.folder)
+
+    def _write(self, name: str, *, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Tensors are put together where they are divided; the first process writes."""
+        whole = {key: self.processes.whole(tensor) for key, tensor in tensors.items()}
+        if self.processes.is_first:
+            checkpoint.save(self.folder, name=name, tensors=whole, state=state)
 
     def resume(self) -> bool:
         """Take up the newest good checkpoint; False when there is none."""
-        path = checkpoint.latest(self.folder, warn=self.observer.message)
+        path = self.processes.first(lambda: checkpoint.latest(self.folder, warn=self.observer.message))
         if path is None:
             self._forget_after(0, validated=-1)
             return False
         tensors, state = checkpoint.load(path)
-        self._set_weights(tensors)
+        set_weights(self.parameters, tensors)
         self.optimiser.load_state({k[10:]: v for k, v in tensors.items() if k.startswith("optimiser/")})
         self.progress = Progress(**state["progress"])
+        if self.progress.tokens_at_a_time is not None:
+            self._put_through(self.progress.tokens_at_a_time)
         self._forget_after(self.progress.step, validated=self.progress.validated_step)
         return True
 
@@ -408,15 +486,21 @@ class Fit:
         if self.validation_features is not None:
             self.validation_features.forget_after(validated + 1)
 
-    def restore_best(self) -> None:
-        """Go back to the weights of the best validation loss, where one was measured."""
-        if (self.folder / "best").is_dir():
-            self._set_weights(checkpoint.load(self.folder / "best")[0])
+    def restore_best(self, model: Model | None = None) -> None:
+        """Give the model, or a whole one like it, the weights of the best validation loss, or else the last ones."""
+        best = self.folder / "best"
+        path = best if best.is_dir() else None
+        if path is None and model is not None:
+            path = checkpoint.latest(self.folder, warn=self.observer.message)
+        if path is not None:
+            set_weights(trainable(model or self.model), checkpoint.load(path)[0])
 
-    def _set_weights(self, tensors: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"model/{name}"])
+
+def set_weights(parameters: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Copy a checkpoint's weights into parameters, or into the parts of them that are here."""
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(part_like(parameter, tensors[f"model/{name}"]))
 
 
 def packed(
@@ -435,12 +519,14 @@ def batches(
     model: Model,
     settings: TrainSettings,
     whole: bool = False,
+    units: list[int] | None = None,
     units_at_a_time: int = 256,
 ) -> Iterator[Pack]:
-    """All units of a store as packs, in order, a bounded number held at a time."""
-    for start in range(0, len(store), units_at_a_time):
-        units = [store.unit(unit) for unit in range(start, min(start + units_at_a_time, len(store)))]
-        yield from packed(units, model=model, settings=settings, whole=whole)
+    """All units of a store, or some, as packs, in order, a bounded number held at a time."""
+    numbers = range(len(store)) if units is None else units
+    for start in range(0, len(numbers), units_at_a_time):
+        some = [store.unit(unit) for unit in numbers[start : start + units_at_a_time]]
+        yield from packed(some, model=model, settings=settings, whole=whole)
 
 
 def evaluate_loss(
@@ -450,21 +536,30 @@ def evaluate_loss(
     objective: Objective,
     settings: TrainSettings,
     teacher: Model | None = None,
+    processes: Processes = ALONE,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Totals | None:
-    """Mean loss over a store; None when interrupted. Dropout is off."""
+    """Mean loss over a store, of which each process takes its share; None when interrupted. Dropout is off."""
     totals = Totals()
     features = store if isinstance(store, FrozenFeatures) else None
     was_training = model.causal.training
     model.causal.eval()
+    own = processes.share(range(len(store)))
+    packs = batches(store, model=model, settings=settings, whole=objective.whole_units, units=own or [0])
+    pack = next(packs)
     with torch.no_grad():
-        for pack in batches(store, model=model, settings=settings, whole=objective.whole_units):
+        left = bool(own)
+        while processes.most([int(left)])[0]:
             if interrupted():
                 return None
-            with autocast(model, settings):
-                loss = forward(model, pack, objective=objective, features=features, teacher=teacher)
-            totals.add("loss", sum=float(loss.sum), count=loss.count)
-            for name, (value, count) in loss.metrics.items():
-                totals.add(name, sum=value, count=count)
+            if left or processes.divides:
+                with autocast(model, settings):
+                    loss = forward(model, pack, objective=objective, features=features, teacher=teacher)
+            if left:
+                totals.add("loss", sum=float(loss.sum), count=loss.count)
+                for name, (value, count) in loss.metrics.items():
+                    totals.add(name, sum=value, count=count)
+                following = next(packs, None)
+                pack, left = following or pack, following is not None
     model.causal.train(was_training)
-    return totals
+    return Totals.of(processes.gathered(totals))

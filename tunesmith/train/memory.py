@@ -1,6 +1,7 @@
 """How much memory this process has used at most, and giving back what it no longer uses."""
 
 import ctypes
+import gc
 import resource
 import sys
 from functools import cache
@@ -17,6 +18,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed, on a GPU or on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
 @cache
 def _malloc_trim() -> Any:
     if not sys.platform.startswith("linux"):
@@ -25,6 +31,14 @@ def _malloc_trim() -> Any:
         return ctypes.CDLL("libc.so.6").malloc_trim
     except (OSError, AttributeError):  # another C library
         return None
+
+
+def release_all() -> None:
+    """Give back what a computation that failed held, and what a GPU keeps for later."""
+    gc.collect()
+    release_free_memory()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def release_free_memory() -> None:

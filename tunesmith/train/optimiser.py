@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.train.parallel import is_divided, part_like
 from tunesmith.train.settings import TrainSettings
 
 
@@ -80,12 +81,12 @@ class Optimiser:
         for full_name, value in tensors.items():
             name, _, key = full_name.rpartition("/")
             parameter = self.parameters[name]
-            owner[id(parameter)].state[parameter][key] = value.to(parameter.device).clone()
+            owner[id(parameter)].state[parameter][key] = part_like(parameter, value).clone()
 
 
 def _groups(parameters: list[Tensor], factor_of: dict[int, float], *, weight_decay: float) -> list[dict[str, Any]]:
-    """One group for each factor on the learning rate."""
-    by_factor: dict[float, list[Tensor]] = {}
+    """One group for each factor on the learning rate; parameters that are divided among processes have their own."""
+    by_factor: dict[tuple[float, bool], list[Tensor]] = {}
     for parameter in parameters:
-        by_factor.setdefault(factor_of[id(parameter)], []).append(parameter)
-    return [{"params": p, "weight_decay": weight_decay, "rate_factor": f} for f, p in by_factor.items()]
+        by_factor.setdefault((factor_of[id(parameter)], is_divided(parameter)), []).append(parameter)
+    return [{"params": p, "weight_decay": weight_decay, "rate_factor": f} for (f, _), p in by_factor.items()]

@@ -42,6 +42,10 @@ class TrainSettings(BaseModel):
         default="auto", description="auto: what frozen blocks give is kept on disk and read back in later epochs"
     )
     compile: bool = Field(default=False, description="compile the blocks with torch.compile")
+    parallel: Literal["data", "fsdp"] = Field(
+        default="data",
+        description="of several processes, each holds the whole model (data), or the blocks are divided among them (fsdp)",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU where there is one")
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
         default=(), description="send metrics there too"
