@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tunesmith.errors import Interrupted, TunesmithError
+from tunesmith.errors import ElsewhereError, Interrupted, TunesmithError
 
 app = typer.Typer(
     name="tunesmith",
@@ -47,7 +47,8 @@ def _workspace(path: Path | None) -> Any:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    sys.stderr.write(text + "\n")  # at once, so that several processes do not write into each other's lines
+    sys.stderr.flush()
 
 
 def _show(result: Any, *, as_json: bool, text: Callable[[], str]) -> None:
@@ -333,8 +334,8 @@ def _process_number() -> int:
 
 def _fail(message: str, hint: str, status: int) -> NoReturn:
     which = f" in process {number}" if (number := _process_number()) else ""
-    _say(f"error{which}: {' '.join(message.split())}")
-    _say(f"hint: {' '.join(hint.split()) or 'tunesmith --help lists the commands'}")
+    hint = " ".join(hint.split()) or "tunesmith --help lists the commands"
+    _say(f"error{which}: {' '.join(message.split())}\nhint: {hint}")
     sys.exit(status)
 
 
@@ -368,6 +369,8 @@ def main() -> None:
         _say(f"\n{error.message}")
         _say(f"hint: {error.hint}")
         status = 128 + error.signal_number
+    except ElsewhereError:  # the process that it happened in says it
+        status = 2
     except TunesmithError as error:
         _fail(str(error), error.hint, 2)
     except USAGE_ERROR as error:
