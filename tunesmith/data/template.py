@@ -70,8 +70,12 @@ class ChatTemplate:
         """The conversation as text; raises TemplateError where the template refuses it or breaks its bounds."""
         names = {"messages": messages, "tools": tools or None, "add_generation_prompt": generation_prompt}
         text = render_bounded(self._sandbox, self._template, names | self._names)
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise TemplateError("the text holds half of a surrogate pair, which is no character", hint="mend the text")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise TemplateError(
+                "the text holds half of a surrogate pair, which is no character", hint="mend the text"
+            ) from None
         return text
 
     def prompt(self, messages: list[Message], *, tools: tuple[dict[str, Any], ...] = ()) -> RenderedPrompt:
