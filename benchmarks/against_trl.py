@@ -1,4 +1,4 @@
-"""The same LoRA run here and in TRL's SFTTrainer with PEFT, each in a process of its own, one after the other in turn.
+"""The same run here and in TRL's SFTTrainer with PEFT, each in a process of its own, one after the other in turn.
 
 Same weights, same starting adapter, same rows in the same order, same rows per optimiser step, AdamW, learning rate and
 precision. Measured: the rows' own tokens per second of training (the first step is left out on both sides; loading and
@@ -7,7 +7,8 @@ tokenising are not counted), the peak resident memory of the whole process, and 
     python benchmarks/against_trl.py --model smollm2-135m --scenario varied --threads 2 --repeats 3
 
 TRL is run in several variants (see VARIANTS), from its defaults to what an expert could set. The ratios against each are
-reported, which of them was TRL's fastest, and against which of them each bar is reached.
+reported, which of them was TRL's fastest, and against which of them each bar is reached. In the same turn a process
+multiplies bare matrices of the model's shapes, and `matrix_share` is what part of that rate our training reaches.
 """
 
 import argparse
@@ -36,6 +37,16 @@ LOSS_TOLERANCE = 1e-3  # relative, at the first step
 LLAMA = {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": True}
 MODELS: dict[str, dict[str, Any]] = {
     "starter": json.loads((ROOT / "recipes" / "starter" / "config.json").read_text("utf-8")),
+    "llama-30m": LLAMA
+    | {
+        "vocab_size": 4096,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 9,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 4096,
+    },
     "smollm2-135m": LLAMA
     | {
         "vocab_size": 49152,
@@ -64,14 +75,21 @@ SCENARIOS = {
         "chat rows of log-normal length (median 150, sigma 0.8, from 20 to 1000 tokens); the answer is a fifth to four "
         "fifths of the row; only the answer is trained",
         batch_rows=16,
-        bars={"tokens_per_second": 4.0, "peak_memory": 0.5},
+        bars={"tokens_per_second": 5.0, "peak_memory": 0.4},
     ),
     "shared": Scenario(
         "chat rows of 30 to 60 tokens under one system prompt of 700 tokens; only the answer is trained",
         batch_rows=32,
-        bars={"tokens_per_second": 15.0},
+        bars={"tokens_per_second": 20.0},
     ),
+    "pairs": Scenario(
+        "pairs of rows with one prompt of 100 to 300 tokens and answers of 30 to 90; only the answer is trained",
+        batch_rows=16,
+        bars={},
+    ),
+    "documents": Scenario("one long document a row, of 900 to 1000 tokens, all of it trained", batch_rows=8, bars={}),
 }
+METHODS = ("lora", "full", "qlora")
 
 # What differs from TRL's defaults. `micro_rows` rows go through the model at a time and gradients are added up to
 # `batch_rows`; where it is missing, --trl-rows do (8, TRL's default); None: rows are packed to MAX_TOKENS, one at a time.
@@ -105,18 +123,32 @@ def make_rows(scenario: str, *, num_rows: int) -> list[dict[str, Any]]:
         return " ".join(random.choice(words, size=max(1, int(num_tokens))))
 
     rows = []
-    instructions = text(700)
+    instructions, asked = text(700), ""
     for _ in range(num_rows):
         if scenario == "varied":
             length = float(np.clip(random.lognormal(math.log(150), 0.8), 20, 1000)) - 7  # what the template adds
             answer = random.uniform(0.2, 0.8) * length
             messages = [("user", text(length - answer)), ("assistant", text(answer))]
+        elif scenario == "pairs":
+            if len(rows) % 2 == 0:
+                asked = text(random.uniform(100, 300))
+            messages = [("user", asked), ("assistant", text(random.uniform(30, 90)))]
+        elif scenario == "documents":
+            messages = [("user", text(1)), ("assistant", text(random.uniform(900, 1000)))]
         else:
             length = random.uniform(30, 60) - 6
             answer = random.uniform(0.2, 0.8) * length
             messages = [("system", instructions), ("user", text(length - answer)), ("assistant", text(answer))]
         rows.append({"messages": [{"role": role, "content": content} for role, content in messages]})
     return rows
+
+
+def our_method(name: str) -> Any:
+    """What is tuned on our side."""
+    from tunesmith.methods.full import Full
+    from tunesmith.methods.lora import Lora
+
+    return Full() if name == "full" else Lora(rank=RANK, quantise="nf4" if name == "qlora" else None)
 
 
 def prepare(folder: Path, *, model: str, scenario: str, batch_rows: int, steps: int) -> None:
@@ -189,7 +221,7 @@ class Clock:
 
 
 def run_ours(
-    folder: Path, *, precision: str, batch_rows: int, steps: int, micro_batch_tokens: int | None
+    folder: Path, *, method: str, precision: str, batch_rows: int, steps: int, micro_batch_tokens: int | None
 ) -> dict[str, Any]:
     """The run with tunesmith's own loop."""
     import torch
@@ -198,14 +230,15 @@ def run_ours(
     from tunesmith.data.tokens import TokenStore, TokenWriter
     from tunesmith.data.types import Example, Message, Origin
     from tunesmith.methods.base import set_trainable_dtype
-    from tunesmith.methods.lora import Lora
     from tunesmith.models.load import load_model
     from tunesmith.objectives.instruction import Instruction
     from tunesmith.train.loop import Fit
     from tunesmith.train.settings import TrainSettings
 
-    model, method, objective = load_model(str(folder / "model")), Lora(rank=RANK), Instruction()
-    method.apply(model, seed=SEED)
+    model, objective = load_model(str(folder / "model")), Instruction()
+    work = useful_work(model, trained=method == "full")
+    tuned = our_method(method)
+    tuned.apply(model, seed=SEED)
     if precision == "bf16":
         set_trainable_dtype(model, frozen=torch.bfloat16)
     examples = [
@@ -221,7 +254,7 @@ def run_ours(
     chosen |= {"batch_rows": batch_rows, "epochs": 1, "seed": SEED, "precision": precision, "device": "cpu"}
     chosen |= {"learning_rate": LEARNING_RATE, "schedule": "constant", "warmup": 0, "checkpoint_every": steps}
     settings = TrainSettings.model_validate(chosen | {"weight_decay": WEIGHT_DECAY, "clip": CLIP})
-    clock = Clock()
+    clock, operations = Clock(), list[float]()
 
     class Watch:
         def start(self, *, num_steps: int, step: int) -> None:
@@ -230,6 +263,8 @@ def run_ours(
         def step(self, record: dict[str, Any]) -> None:
             clock.step_ended()
             clock.told(tokens=record["tokens"], loss=record["loss"])
+            done = fit.progress
+            operations.append(work["a_token"] * done.computed_tokens + work["a_target"] * done.target_tokens)
 
         def validation(self, record: dict[str, Any]) -> None:
             """There is none."""
@@ -239,7 +274,7 @@ def run_ours(
 
     fit = Fit(
         model,
-        method=method,
+        method=tuned,
         objective=objective,
         train=TokenStore(folder / "tokens"),
         validation=None,
@@ -251,12 +286,50 @@ def run_ours(
     return clock.result(
         computed_tokens=progress.computed_tokens,
         target_tokens=progress.target_tokens,
+        operations=operations[-1] - operations[0],
         settings={"micro_batch_tokens": settings.tokens_at_a_time("cpu"), "attention": "tunesmith"},
     )
 
 
+def useful_work(model: Any, *, trained: bool) -> dict[str, float]:
+    """Floating-point operations of the matrix products that the base's weights need, forward and backward.
+
+    2 for each weight forward, 2 for the gradient of its input, 2 more for its own where it is trained; the vocabulary head
+    works for targets alone. Attention, an adapter's own products and everything elementwise are not counted.
+    """
+    import torch
+
+    linear = (m for m in model.causal.modules() if isinstance(m, torch.nn.Linear) and m is not model.head)
+    factor = 6.0 if trained else 4.0
+    return {"a_token": factor * sum(m.weight.numel() for m in linear), "a_target": factor * model.head.weight.numel()}
+
+
+def matrix_rate(folder: Path, *, precision: str) -> dict[str, Any]:
+    """Operations a second of bare `torch.mm` on the shapes of a pack of 1,536 tokens, one layer after the other."""
+    import torch
+
+    config = json.loads((folder / "model" / "config.json").read_text("utf-8"))
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    narrow = width * config["num_key_value_heads"] // config["num_attention_heads"]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    shapes = [(width, width), (narrow, width), (narrow, width), (width, width)]
+    shapes += [(inner, width), (inner, width), (width, inner)]
+    weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    inputs = [torch.randn(1536, columns, dtype=dtype) for _, columns in shapes]
+    operations, wall, processor = 0.0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - wall < 5.0:
+        for weight, given in zip(weights, inputs, strict=True):
+            torch.mm(given, weight.T)
+            operations += 2.0 * len(given) * weight.numel()
+    seconds, processor_seconds = time.perf_counter() - wall, time.process_time() - processor
+    return {
+        "operations_per_second": operations / seconds,
+        "operations_per_processor_second": operations / processor_seconds,
+    }
+
+
 def run_trl(
-    folder: Path, *, precision: str, batch_rows: int, steps: int, variant: str, trl_rows: int
+    folder: Path, *, method: str, precision: str, batch_rows: int, steps: int, variant: str, trl_rows: int
 ) -> dict[str, Any]:
     """The run with TRL's SFTTrainer around PEFT's model, in one of VARIANTS."""
     import torch
@@ -265,9 +338,10 @@ def run_trl(
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)  # SDPA attention
-    model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True)
+    dtype = torch.bfloat16 if precision == "bf16" and method != "full" else torch.float32
+    few_bits = {"quantization_config": four_bits()} if method == "qlora" else {}
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype, **few_bits)  # SDPA attention
+    model = base if method == "full" else PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     conversations = [row["messages"] for row in read_rows(folder / "in_order.jsonl")]
     dataset = Dataset.from_list([{"prompt": turns[:-1], "completion": turns[-1:]} for turns in conversations])
@@ -323,6 +397,19 @@ def run_trl(
     return clock.result(settings=chosen | {"attention": base.config._attn_implementation})
 
 
+def four_bits() -> Any:
+    """NF4 with double quantisation, as our `qlora` has it."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+
+
 # --- running them in turn, and the report --------------------------------------------------------------------------
 
 
@@ -352,19 +439,22 @@ def run_role(arguments: argparse.Namespace) -> None:
     """What a child does: its role, and its findings into result.json."""
     sys.path.insert(0, str(ROOT))
     folder = Path(arguments.folder)
-    sizes = {"batch_rows": arguments.batch_rows, "steps": arguments.steps}
+    sizes: dict[str, Any] = {"batch_rows": arguments.batch_rows, "steps": arguments.steps}
+    kind = {"method": arguments.method, "precision": arguments.precision}
     found: dict[str, Any] = {}
     if arguments.role == "prepare":
         prepare(folder, model=arguments.model, scenario=arguments.scenario, **sizes)
+    elif arguments.role == "matrix":
+        found = matrix_rate(folder, precision=arguments.precision)
     elif arguments.role == "ours":
         with tempfile.TemporaryDirectory(dir=folder) as inner:
             for name in ("model", "rows.jsonl"):
                 (Path(inner) / name).symlink_to(folder / name)
             tokens = arguments.micro_batch_tokens
-            found = run_ours(Path(inner), precision=arguments.precision, micro_batch_tokens=tokens, **sizes)
+            found = run_ours(Path(inner), micro_batch_tokens=tokens, **kind, **sizes)
     else:
         rows = arguments.trl_rows
-        found = run_trl(folder, precision=arguments.precision, variant=arguments.role, trl_rows=rows, **sizes)
+        found = run_trl(folder, variant=arguments.role, trl_rows=rows, **kind, **sizes)
     (folder / "result.json").write_text(json.dumps(found), "utf-8")
 
 
@@ -410,11 +500,21 @@ def compare(runs: dict[str, list[dict[str, Any]]], *, bars: dict[str, float]) ->
     }
 
 
+def matrix_share(ours: list[dict[str, Any]], rates: list[dict[str, Any]]) -> float:
+    """Which part of the rate of bare products our training reaches, by processor time, as the median over the turns."""
+    shares = [
+        run["operations"] / run["processor_seconds"] / rate["operations_per_processor_second"]
+        for run, rate in zip(ours, rates, strict=True)
+    ]
+    return round(statistics.median(shares), 3)
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
     parser.add_argument("--scenario", choices=SCENARIOS, default="varied")
+    parser.add_argument("--method", choices=METHODS, default="lora")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="of TRL, separated by commas (default: all)")
     parser.add_argument("--steps", type=int, default=6, help="optimiser steps; the first is not timed")
     parser.add_argument("--batch-rows", type=int, help="rows an optimiser step (default: the scenario's)")
@@ -423,7 +523,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", help="JSON file (default: benchmarks/results/against_trl-MODEL-SCENARIO.json)")
+    parser.add_argument(
+        "--out", help="JSON file (default: benchmarks/results/against_trl-MODEL-SCENARIO[-METHOD][-PRECISION].json)"
+    )
     parser.add_argument("--role", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -444,6 +546,7 @@ def main() -> int:
         return 0
     sides = ["ours", *arguments.variants.split(",")]
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    rates: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     scenario = SCENARIOS[arguments.scenario]
     before = machine()
@@ -451,6 +554,7 @@ def main() -> int:
         folder = Path(name)
         child(arguments, folder, role="prepare")
         for repeat in range(arguments.repeats):
+            rates.append(child(arguments, folder, role="matrix"))
             for side in [side for side in sides if side not in failed]:
                 run = child(arguments, folder, role=side)
                 if "failed" in run:
@@ -473,14 +577,20 @@ def main() -> int:
             "repeats": arguments.repeats,
             "threads": arguments.threads,
             "precision": arguments.precision,
+            "method": arguments.method,
             "lora": {"rank": RANK, "alpha": 2 * RANK, "targets": "all-linear"},
             "adamw": {"learning_rate": LEARNING_RATE, "betas": BETAS, "weight_decay": WEIGHT_DECAY, "clip": CLIP},
         },
         **compare({side: found for side, found in runs.items() if found}, bars=scenario.bars),
+        "matrix_share": matrix_share(runs["ours"], rates),
         "failed": failed,
+        "matrix": rates,
         "runs": runs,
     }
-    out = Path(arguments.out or ROOT / f"benchmarks/results/against_trl-{arguments.model}-{arguments.scenario}.json")
+    parts = [arguments.model, arguments.scenario]
+    parts += [] if arguments.method == "lora" else [arguments.method]
+    parts += [] if arguments.precision == "fp32" else [arguments.precision]
+    out = Path(arguments.out or ROOT / "benchmarks" / "results" / f"against_trl-{'-'.join(parts)}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1)
     out.write_text(text + "\n", "utf-8")
