@@ -105,7 +105,9 @@ class TokenStore:
 
     def _open(self, name: str, dtype: type) -> np.ndarray:
         path = self.folder / f"{name}.bin"
-        return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+        if not path.stat().st_size:
+            return np.zeros(0, dtype)
+        return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)  # plain, whose slices cost a tenth
 
     def __len__(self) -> int:
         return len(self._arrays["groups"]) // self._group_rows if self._group_rows else self.num_units
