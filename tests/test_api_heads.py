@@ -264,6 +264,6 @@ def test_an_encoders_sequences_are_not_exported(tune: Tune, tmp_path: Path) -> N
 
 def test_a_method_that_does_not_suit_the_base_leaves_no_run_behind(tune: Tune, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
-        tune(TEXTS, base="bert", method={"kind": "adapters"})
+        tune(TEXTS, base="bert", method={"kind": "adapters", "parallel": True})
     assert error.value.hint
     assert not Workspace(tmp_path / "w").run_folders()
