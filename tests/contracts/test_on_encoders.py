@@ -54,6 +54,7 @@ ROWS = {
     "qlora": Row(Qlora(rank=4), UPDATE),
     "qlora, int8": Row(Qlora(rank=4, quantise="int8"), UPDATE),
     "layers": Row(Layers(last=1), r"\b(layer\.1|layers\.2)\."),
+    "layers, norms": Row(Layers(only="norms"), r"(?i)\blayers?\.\d\..*norm"),
     "layers, biases": Row(Layers(only="biases"), r"\blayers?\.\d\..*bias$", ("modernbert",), "have no biases"),
     "bitfit": Row(Bitfit(), r"bias$", ("modernbert",), "has none"),
     "adapters": Row(Adapters(reduction=4), BOTTLENECK),
