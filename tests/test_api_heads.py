@@ -202,23 +202,25 @@ def test_only_a_run_with_a_head_predicts(tune: Tune) -> None:
 WORDS = [{"words": [str(i), COLOURS[i % 2]], "tags": ["O", "B-COLOUR"]} for i in range(30)]
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+HEADS: dict[str, tuple[list[dict[str, Any]], Any]] = {
+    "classification": (TEXTS, "classification"),
+    "contrastive": (TEXTS, {"kind": "contrastive", "pairs": 2}),
+    "regression": ([row | {"label": i / 4} for i, row in enumerate(TEXTS)], "regression"),
+    "token_classification": (WORDS, "token_classification"),
+}
+TAGS = [("token_classification", base, method) for base, method in (("bert", "ia3"), ("gpt2", "lora"))]
+
+
 @pytest.mark.parametrize(
-    ("rows", "objective"),
-    [
-        (TEXTS, "classification"),
-        (TEXTS, {"kind": "contrastive", "pairs": 2}),
-        ([row | {"label": i / 4} for i, row in enumerate(TEXTS)], "regression"),
-        (WORDS, "token_classification"),
-    ],
-    ids=["classification", "contrastive", "regression", "token_classification"],
+    ("head", "base", "method"), [*((h, "llama", m) for h in HEADS for m in ("lora", "qlora", "full")), *TAGS]
 )
 def test_a_head_goes_along_as_transformers_own_class(
-    tune: Tune, tmp_path: Path, rows: Any, objective: Any, method: str
+    tune: Tune, tmp_path: Path, head: str, base: str, method: str
 ) -> None:
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
-    run = tune(rows, objective=objective, method={"kind": method})
+    rows, objective = HEADS[head]
+    run = tune(rows, base=base, objective=objective, method={"kind": method})
     tuned = api.load(run)
     out = api.export(run, form="merged", out=tmp_path / "out", workspace=Workspace(tmp_path / "w"))
     document = json.loads((out / "head.json").read_text("utf-8"))
@@ -237,9 +239,9 @@ def test_a_head_goes_along_as_transformers_own_class(
         assert logits[0] * knobs["spread"] + knobs["centre"] == pytest.approx(said.estimate_B[0], rel=1e-4)
     elif tokens:
         names = [model.config.id2label[int(k)] for k in logits.argmax(-1)]
-        assert [names[i] for i in (len(tokenizer.begin_ids), len(ids) - len(tokenizer.end_ids) - 1)] == list(
-            said.rows[0]
-        )
+        first = len(tokenizer.begin_ids)
+        second = first + text.index("red") + (0 if tuned.model.is_encoder else 2)  # a word's first token, or its last
+        assert (names[first], names[second]) == tuple(said.rows[0])
     else:
         chance = torch.from_numpy(logits / document["calibration"]["temperature"]).softmax(-1).numpy()
         assert dict(enumerate(said.labels)) == model.config.id2label
@@ -256,10 +258,22 @@ def test_what_transformers_would_read_otherwise_is_not_written(tune: Tune, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_an_encoders_sequences_are_not_exported(tune: Tune, tmp_path: Path) -> None:
-    run = tune(TEXTS, base="bert")
-    with pytest.raises(RecipeError, match="through another layer"):
+@pytest.mark.parametrize(
+    ("base", "rows", "words"),
+    [
+        ("bert", TEXTS, "through another layer"),
+        ("modernbert", WORDS, "no class that reads"),  # it has one, with a layer before the head
+        ("gemma3_text", WORDS, "no class that reads"),
+    ],
+)
+def test_a_head_that_transformers_has_no_class_for_is_not_exported(
+    tune: Tune, tmp_path: Path, base: str, rows: Any, words: str
+) -> None:
+    run = tune(rows, base=base, objective="classification" if rows is TEXTS else "token_classification")
+    with pytest.raises(RecipeError, match=words) as error:
         api.export(run, form="merged", out=tmp_path / "out", workspace=Workspace(tmp_path / "w"))
+    assert error.value.hint
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_method_that_does_not_suit_the_base_leaves_no_run_behind(tune: Tune, tmp_path: Path) -> None:

@@ -333,13 +333,14 @@ def export(
     tuned = load(run, workspace=workspace, device="cpu")
     contract = json.loads((tuned.run.path / CONTRACT).read_text("utf-8"))
     if isinstance(objective, Headed):
-        check_exportable(objective, encoder=tuned.model.is_encoder)
+        place = check_exportable(objective, model=tuned.model)
         export_head(
             tuned.model,
             objective=objective,
             method=tuned.method,
             template=tuned.template,
             contract=contract,
+            place=place,
             source=run.path / "model",
             out=out,
         )
