@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tunesmith import api
 from tunesmith.data.answers import NO_ANSWER, Classes, Numbers
-from tunesmith.data.types import Example, Message, Origin
+from tunesmith.data.pack import build_pack
+from tunesmith.data.types import Example, Message, Origin, Sequence
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.models.load import Model
@@ -26,11 +28,11 @@ Tune = Callable[..., api.Run]
 
 @pytest.fixture
 def tune(build_model: Callable[..., Model], tmp_path: Path) -> Tune:
-    """`tune(rows, base=..., **sections)`: a run on a toy base."""
+    """`tune(rows, base=..., config=..., **sections)`: a run on a toy base."""
 
     def tune(rows: list[dict[str, Any]], *, base: str = "llama", **sections: Any) -> api.Run:
         (tmp_path / "base").mkdir()
-        build_model(base, dtype=torch.float32).save(tmp_path / "base")
+        build_model(base, dtype=torch.float32, **sections.pop("config", {})).save(tmp_path / "base")
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         recipe = {
             "base": str(tmp_path / "base"),
@@ -202,23 +204,25 @@ def test_only_a_run_with_a_head_predicts(tune: Tune) -> None:
 WORDS = [{"words": [str(i), COLOURS[i % 2]], "tags": ["O", "B-COLOUR"]} for i in range(30)]
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+HEADS: dict[str, tuple[list[dict[str, Any]], Any]] = {
+    "classification": (TEXTS, "classification"),
+    "contrastive": (TEXTS, {"kind": "contrastive", "pairs": 2}),
+    "regression": ([row | {"label": i / 4} for i, row in enumerate(TEXTS)], "regression"),
+    "token_classification": (WORDS, "token_classification"),
+}
+TAGS = [("token_classification", base, method) for base, method in (("bert", "ia3"), ("gpt2", "lora"))]
+
+
 @pytest.mark.parametrize(
-    ("rows", "objective"),
-    [
-        (TEXTS, "classification"),
-        (TEXTS, {"kind": "contrastive", "pairs": 2}),
-        ([row | {"label": i / 4} for i, row in enumerate(TEXTS)], "regression"),
-        (WORDS, "token_classification"),
-    ],
-    ids=["classification", "contrastive", "regression", "token_classification"],
+    ("head", "base", "method"), [*((h, "llama", m) for h in HEADS for m in ("lora", "qlora", "full")), *TAGS]
 )
 def test_a_head_goes_along_as_transformers_own_class(
-    tune: Tune, tmp_path: Path, rows: Any, objective: Any, method: str
+    tune: Tune, tmp_path: Path, head: str, base: str, method: str
 ) -> None:
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
-    run = tune(rows, objective=objective, method={"kind": method})
+    rows, objective = HEADS[head]
+    run = tune(rows, base=base, objective=objective, method={"kind": method})
     tuned = api.load(run)
     out = api.export(run, form="merged", out=tmp_path / "out", workspace=Workspace(tmp_path / "w"))
     document = json.loads((out / "head.json").read_text("utf-8"))
@@ -237,9 +241,9 @@ def test_a_head_goes_along_as_transformers_own_class(
         assert logits[0] * knobs["spread"] + knobs["centre"] == pytest.approx(said.estimate_B[0], rel=1e-4)
     elif tokens:
         names = [model.config.id2label[int(k)] for k in logits.argmax(-1)]
-        assert [names[i] for i in (len(tokenizer.begin_ids), len(ids) - len(tokenizer.end_ids) - 1)] == list(
-            said.rows[0]
-        )
+        first = len(tokenizer.begin_ids)
+        second = first + text.index("red") + (0 if tuned.model.is_encoder else 2)  # a word's first token, or its last
+        assert (names[first], names[second]) == tuple(said.rows[0])
     else:
         chance = torch.from_numpy(logits / document["calibration"]["temperature"]).softmax(-1).numpy()
         assert dict(enumerate(said.labels)) == model.config.id2label
@@ -249,21 +253,101 @@ def test_a_head_goes_along_as_transformers_own_class(
 
 def test_what_transformers_would_read_otherwise_is_not_written(tune: Tune, tmp_path: Path) -> None:
     run = tune(TEXTS, objective={"kind": "classification", "pooling": "mean"})
-    for form, message in (("merged", "reads a sequence at its last token"), ("peft", "has a head for classification")):
-        with pytest.raises(RecipeError, match=message) as error:
+    for form in ("merged", "peft"):
+        with pytest.raises(RecipeError, match="reads a sequence at its last token") as error:
             api.export(run, form=form, out=tmp_path / "out", workspace=Workspace(tmp_path / "w"))
         assert error.value.hint
     assert not (tmp_path / "out").exists()
 
 
-def test_an_encoders_sequences_are_not_exported(tune: Tune, tmp_path: Path) -> None:
-    run = tune(TEXTS, base="bert")
-    with pytest.raises(RecipeError, match="through another layer"):
-        api.export(run, form="merged", out=tmp_path / "out", workspace=Workspace(tmp_path / "w"))
+@pytest.mark.parametrize(
+    ("base", "rows", "words"),
+    [
+        ("bert", TEXTS, "through another layer"),
+        ("modernbert", WORDS, "no class that reads"),  # it has one, with a layer before the head
+        ("gemma3_text", WORDS, "no class that reads"),
+    ],
+)
+def test_a_head_that_transformers_has_no_class_for_is_not_exported(
+    tune: Tune, tmp_path: Path, base: str, rows: Any, words: str
+) -> None:
+    run = tune(rows, base=base, objective="classification" if rows is TEXTS else "token_classification")
+    for form in ("merged", "peft"):
+        with pytest.raises(RecipeError, match=words) as error:
+            api.export(run, form=form, out=tmp_path / "out", workspace=Workspace(tmp_path / "w"))
+        assert error.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+SEQUENCES = [("classification", "llama", method) for method in ("lora", "ia3", "vera", "prompt", "p_tuning", "prefix")]
+SEQUENCES += [("regression", "gpt_neox", "ia3"), ("contrastive", "gpt2", "lora"), ("classification", "gpt2", "prefix")]
+TAGGED = [("llama", "lora"), ("gpt2", "ia3"), ("qwen3", "prefix"), ("bert", "ia3"), ("roberta", "lora")]
+TAGGED += [("xlm-roberta", "vera"), ("distilbert", "ia3"), ("electra", "lora")]
+METHODS = {"prompt": {"num_tokens": 3}, "p_tuning": {"num_tokens": 3}, "prefix": {"num_tokens": 3}}
+METHODS |= {"lora": {"rank": 4}, "vera": {"rank": 8}}
+
+
+@pytest.mark.parametrize(
+    ("head", "base", "method"), [*SEQUENCES, *(("token_classification", base, method) for base, method in TAGGED)]
+)
+def test_peft_reads_an_adapter_with_its_head_off_transformers_own_class(
+    tune: Tune, tmp_path: Path, head: str, base: str, method: str
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+    rows, objective = HEADS[head]
+    run = tune(rows, base=base, objective=objective, method={"kind": method} | METHODS.get(method, {}))
+    out = api.export(run, form="peft", out=tmp_path / "out", workspace=Workspace(tmp_path / "w"))
+    assert json.loads((out / "head.json").read_text("utf-8")) == json.loads(
+        (run.path / "model" / "head.json").read_text("utf-8")
+    )
+    tokens, tuned = rows is WORDS, api.load(run)
+    kind: Any = AutoModelForTokenClassification if tokens else AutoModelForSequenceClassification
+    loaded = kind.from_pretrained(tmp_path / "base", num_labels=run.recipe.objective.num_outputs)
+    theirs: Any = PeftModel.from_pretrained(loaded, out).eval()
+    for ids in ([1, 40, 41, 42, 2], [50, 51, 52, 50, 51, 52, 53], [60, 61]):
+        weight_T = np.ones(len(ids), np.float32) if tokens else np.eye(1, len(ids), len(ids) - 1, np.float32)[0]
+        pack = build_pack([Sequence(np.array(ids, np.int32), weight_T, values=np.zeros(0, np.float32))])
+        mask = torch.ones(1, len(ids), dtype=torch.long)
+        with torch.no_grad():
+            expected = tuned.model.outputs_at(pack)
+            found = theirs(input_ids=torch.tensor([ids]), attention_mask=mask).logits
+        assert float(expected.abs().max()) > 0.01
+        torch.testing.assert_close(found.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_with_a_head_says_so_as_peft_does(tune: Tune, tmp_path: Path) -> None:
+    run = tune(WORDS, base="bert", objective="token_classification", method={"kind": "ia3", "quantise": "int8"})
+    out = api.export(run, form="peft", out=tmp_path / "out", workspace=Workspace(tmp_path / "w"))
+    config = json.loads((out / "adapter_config.json").read_text("utf-8"))
+    assert (config["task_type"], config["modules_to_save"]) == ("TOKEN_CLS", ["classifier"])
+    names = set(load_file(str(out / "adapter_model.safetensors")))
+    head = {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
+    assert names > head
+    assert all(name.startswith("base_model.model.bert.encoder.layer.") for name in names - head)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sections", "words"),
+    [
+        (TEXTS, {"config": {"pad_token_id": 2}}, "pads with what ends a text"),
+        (WORDS, {"method": {"kind": "prompt", "num_tokens": 3}}, "virtual tokens of method 'prompt'"),
+        (WORDS, {"method": {"kind": "p_tuning", "num_tokens": 3}}, "virtual tokens of method 'p_tuning'"),
+    ],
+)
+def test_what_peft_would_read_otherwise_is_not_written(
+    tune: Tune, tmp_path: Path, rows: Any, sections: Any, words: str
+) -> None:
+    run = tune(rows, objective="classification" if rows is TEXTS else "token_classification", **sections)
+    with pytest.raises(RecipeError, match=words) as error:
+        api.export(run, form="peft", out=tmp_path / "out", workspace=Workspace(tmp_path / "w"))
+    assert error.value.hint
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_method_that_does_not_suit_the_base_leaves_no_run_behind(tune: Tune, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
-        tune(TEXTS, base="bert", method={"kind": "adapters"})
+        tune(TEXTS, base="bert", method={"kind": "adapters", "parallel": True})
     assert error.value.hint
     assert not Workspace(tmp_path / "w").run_folders()

@@ -345,7 +345,7 @@ def export(
     what storing a merged model in few bits again would cost.
     """
     from tunesmith.export import export_merged, export_peft, requantised_cost
-    from tunesmith.export_head import check_exportable, export_head
+    from tunesmith.export_head import export_head, export_peft_head
 
     writers = {"peft": export_peft, "merged": export_merged}
     if form not in writers:
@@ -355,10 +355,6 @@ def export(
         raise StorageError(what, file=out, hint="give a new folder with --out")
     run = find_run(run, workspace=workspace)
     method, objective = run.recipe.method, run.recipe.objective
-    if form == "peft" and objective.num_outputs:
-        raise RecipeError(
-            f"the run has a head for {objective.kind_name}, which goes with merged weights", hint="use --format merged"
-        )
     if form == "peft" and method.peft_type is None:
         raise RecipeError(f"PEFT has no adapters of the kind '{method.kind}'", hint="use --format merged")
     if form == "peft" and run.recipe.objective.num_new_tokens and not method.peft_new_rows:
@@ -374,8 +370,8 @@ def export(
     tuned = load(run, workspace=workspace, device="cpu")
     contract = json.loads((tuned.run.path / CONTRACT).read_text("utf-8"))
     if isinstance(objective, Headed):
-        check_exportable(objective, encoder=tuned.model.is_encoder)
-        export_head(
+        write_head = export_peft_head if form == "peft" else export_head
+        write_head(
             tuned.model,
             objective=objective,
             method=tuned.method,

@@ -20,11 +20,6 @@ TOLERANCE = 1e-4  # of float32 logits, relative to their largest
 POSITIONS = 64  # of a probe, at its end, whose logits are compared
 
 
-def probe_ids(contract: dict[str, Any]) -> list[list[int]]:
-    """Token ids of every probe."""
-    return [s["ids"] for probe in contract["probes"] for s in probe["sequences"]]
-
-
 def _logits(model: Model, contract: dict[str, Any]) -> list[torch.Tensor]:
     """Next-token logits at the last positions of every probe."""
     import numpy as np

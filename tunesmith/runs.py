@@ -157,7 +157,7 @@ def check_suits(recipe: Recipe) -> None:
     if encoder and recipe.method.num_virtual_tokens:
         raise RecipeError(
             f"method '{recipe.method.kind}' puts virtual tokens before every text, and this base is an encoder",
-            hint="use method: lora, full, layers or vera",
+            hint="use method: lora, adapters, ia3 or full",
         )
 
 

@@ -43,9 +43,9 @@ SYSTEMS = {"classification": ["base", "few_shot", "tuned", "majority"], "regress
 SYSTEMS |= {"contrastive": SYSTEMS["classification"], "token_classification": ["tuned", "majority"]}
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "modernbert")
 ON_ENCODERS = [
-    *((architecture, method) for architecture in ENCODERS for method in ("lora", "full")),
-    *(("bert", method) for method in ("layers", "bitfit", "qlora", "vera")),
-    ("modernbert", "adapters"),
+    (architecture, method)
+    for architecture, method in itertools.product(ENCODERS, METHODS)
+    if not METHODS[method]().num_virtual_tokens and (architecture, method) != ("modernbert", "bitfit")  # no biases
 ]
 
 

@@ -17,9 +17,6 @@ from tunesmith.data.pack import Pack, build_pack
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.types import Sequence
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.methods import METHODS
-from tunesmith.methods.base import trainable
-from tunesmith.methods.ia3 import Ia3
 from tunesmith.models.attention import PackAttention
 from tunesmith.models.heads import attach_head
 from tunesmith.models.load import Model, load_model
@@ -268,49 +265,6 @@ def test_texts_stand_between_the_marks_that_the_tokenizer_names(encoder_tokenize
         named = Tokenizer.from_folder(tmp_path)
         whole = named.backend.encode("ab", add_special_tokens=True).ids
         assert [*named.begin_ids, *named.encode_text(["ab"])[0], *named.end_ids] == whole
-
-
-# ----------------------------------------------------------------------------------------------------- methods
-
-# Why a method is refused on an encoder; the others run.
-REFUSED = {("adapters", architecture): "does not know where the parts" for architecture in ARCHITECTURES[:-1]} | {
-    ("ia3", architecture): "does not know which layers" for architecture in ARCHITECTURES
-}
-REFUSED |= {("bitfit", "modernbert"): "has none"}
-WITHOUT_VIRTUAL_TOKENS = [name for name, method in METHODS.items() if not method().num_virtual_tokens]
-
-
-@encoders
-@pytest.mark.parametrize("method", WITHOUT_VIRTUAL_TOKENS)
-def test_methods_move_what_they_say_or_are_refused(
-    method: str, architecture: str, build_model: BuildModel, pack: Pack
-) -> None:
-    model = build_model(architecture, dtype=torch.float32)
-    if words := REFUSED.get((method, architecture)):
-        with pytest.raises(RecipeError, match=words) as error:
-            METHODS[method]().apply(model, seed=0)
-        assert error.value.hint
-        return
-    METHODS[method]().apply(model, seed=0)
-    attach_head(model, num_outputs=2)
-    torch.nn.init.ones_(model.outputs.weight)  # type: ignore[union-attr]
-    model.outputs_at(pack).sin().sum().backward()
-    moves = trainable(model)
-    assert all(parameter.grad is not None for parameter in moves.values())
-    assert "outputs.weight" in moves
-    assert len(moves) > 1
-
-
-def test_layers_may_be_named_where_a_method_does_not_know_them(build_model: BuildModel, pack: Pack) -> None:
-    model = build_model("bert")
-    with torch.no_grad():
-        before = model.hidden(model.attention(pack))
-    Ia3(outputs=("key", "value"), inputs=("output.dense",)).apply(model, seed=0)
-    moves = trainable(model)
-    assert len(moves) == 2 * (2 + 2)  # in each block: keys, values, and what ends attention and feed-forward
-    assert torch.equal(model.hidden(model.attention(pack)).detach(), before)
-    model.hidden(model.attention(pack)).sin().sum().backward()
-    assert all(parameter.grad is not None for parameter in moves.values())
 
 
 @pytest.mark.parametrize("objective", [Instruction(), Causal()])

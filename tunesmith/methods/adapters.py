@@ -2,9 +2,10 @@
 
     y = h + W_up f(W_down h),      W_down [D / reduction, D], W_up zero at the start
 
-`houlsby` has one after attention and one after the feed-forward, `pfeiffer` after the feed-forward alone. `parallel` reads
-what the feed-forward reads instead of what it gives (He et al. 2022, table 1): y = FF(x) + s W_up f(W_down x). Ours
-begins at the base exactly; the papers begin near it. PEFT does not have these; the file is in our own names.
+`houlsby` has one after attention and one after the feed-forward, `pfeiffer` after the feed-forward alone; both stand before
+the residual sum, and so before BERT's LayerNorm (Houlsby et al., figure 2). `parallel` reads what the feed-forward reads
+instead of what it gives (He et al. 2022, table 1): y = FF(x) + s W_up f(W_down x). Ours begins at the base exactly; the
+papers begin near it. PEFT does not have these; the file is in our own names.
 
 Shapes: D hidden, W the bottleneck's width.
 """
@@ -19,10 +20,12 @@ from tunesmith.errors import RecipeError
 from tunesmith.methods.base import Adapter, Inserted
 from tunesmith.models.load import Model
 
-FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe", "layer.1.DenseReluDense", "layer.2.DenseReluDense")
+# Names within a block.
+FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "layer.1.DenseReluDense", "layer.2.DenseReluDense")
+FEED_FORWARD_OUT = ("output.dense",)  # the last layer of a feed-forward that is no one module (BERT)
 ATTENTION_OUT = (
-    "self_attn.o_proj", "self_attn.out_proj", "attn.c_proj", "attention.dense",
-    "layer.0.SelfAttention.o", "layer.1.EncDecAttention.o",
+    "self_attn.o_proj", "self_attn.out_proj", "attn.c_proj", "attn.Wo", "attention.dense", "attention.output.dense",
+    "attention.out_lin", "layer.0.SelfAttention.o", "layer.1.EncDecAttention.o",
 )  # fmt: skip
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
@@ -79,15 +82,15 @@ class Adapters(Adapter):
 
     def places(self, model: Model) -> list[str]:
         """The feed-forwards, and attention's last layers. RecipeError where they are not found or too narrow."""
-        wanted = [FEED_FORWARD, ATTENTION_OUT] if self.placement == "houlsby" else [FEED_FORWARD]
-        blocks = {id(block) for block in model.layers}
-        names = [name for name, module in model.causal.named_modules() if id(module) in blocks]
-        parts = [
-            [f"{name}.{leaf}" for leaf in leaves if _has(model, f"{name}.{leaf}")]
-            for name in names
-            for leaves in wanted
-        ]
-        found = [name for part in parts for name in part]
+        after = FEED_FORWARD + FEED_FORWARD_OUT
+        if self.parallel and all(_parts(model, leaves=after)) and not all(_parts(model, leaves=FEED_FORWARD)):
+            raise RecipeError(
+                f"the feed-forward of '{model.name}' is several modules, and no one of them to stand beside",
+                hint="leave out method.parallel",
+            )
+        parts = _parts(model, leaves=after)
+        if self.placement == "houlsby":
+            parts += _parts(model, leaves=ATTENTION_OUT)
         if not all(parts):
             raise RecipeError(
                 f"method 'adapters' does not know where the parts of '{model.name}' are", hint="use method: lora"
@@ -96,7 +99,7 @@ class Adapters(Adapter):
             raise RecipeError(
                 f"method.reduction is {self.reduction} and the base's hidden size {model.hidden_size}", hint="use less"
             )
-        return sorted(found)
+        return sorted(name for part in parts for name in part)
 
     def insert(self, base: nn.Module, *, name: str, model: Model, generator: torch.Generator) -> Inserted:
         """A bottleneck that adds nothing yet."""
@@ -106,6 +109,13 @@ class Adapters(Adapter):
     def config(self, model: Model, *, layers: dict[str, Inserted]) -> dict[str, Any]:
         """The knobs."""
         return self.model_dump(mode="json")
+
+
+def _parts(model: Model, *, leaves: tuple[str, ...]) -> list[list[str]]:
+    """Which of `leaves` each block has, by their whole names."""
+    blocks = {id(block) for block in model.layers}
+    names = [name for name, module in model.causal.named_modules() if id(module) in blocks]
+    return [[f"{name}.{leaf}" for leaf in leaves if _has(model, f"{name}.{leaf}")] for name in names]
 
 
 def _has(model: Model, name: str) -> bool:

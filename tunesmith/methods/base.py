@@ -254,11 +254,18 @@ def save_adapter(
     indices = token_indices(model)
     common = {
         "peft_type": method.peft_type or f"TUNESMITH_{method.kind_name.upper()}",
-        "task_type": "SEQ_2_SEQ_LM" if model.is_encoder_decoder else "CAUSAL_LM",
+        "task_type": _task_type(model),
         "base_model_name_or_path": model.name,
         "inference_mode": True,
     } | ({"trainable_token_indices": indices} if indices else {})
     (folder / "adapter_config.json").write_text(json.dumps(common | config, indent=1) + "\n", "utf-8")
+
+
+def _task_type(model: Model) -> str:
+    """Which of its classes PEFT puts around the base."""
+    if model.is_encoder:
+        return "FEATURE_EXTRACTION"
+    return "SEQ_2_SEQ_LM" if model.is_encoder_decoder else "CAUSAL_LM"
 
 
 def load_adapter(folder: Path) -> dict[str, Tensor]:

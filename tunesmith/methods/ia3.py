@@ -3,6 +3,7 @@
     l_k * (W_k x),      l_v * (W_v x),      W_2 (l_ff * f(W_1 x)),      all l = 1 at the start
 
 Ours is the paper's; where a base computes queries, keys and values in one layer, the whole of it is scaled, as in PEFT.
+On BERT PEFT's default scales the input of attention's last layer as well; ours keeps to the three of the paper.
 """
 
 from typing import Any, ClassVar, Literal, cast
@@ -17,9 +18,13 @@ from tunesmith.models.load import Model
 
 OUTPUTS = (
     "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn",
+    "attention.self.key", "attention.self.value", "k_lin", "v_lin", "Wqkv",
     "SelfAttention.k", "SelfAttention.v", "EncDecAttention.k", "EncDecAttention.v",
 )  # layers whose output is scaled  # fmt: skip
-INPUTS = ("down_proj", "dense_4h_to_h", "mlp.c_proj", "fc2", "DenseReluDense.wo")  # layers whose input is scaled
+INPUTS = (
+    "down_proj", "dense_4h_to_h", "mlp.c_proj", "mlp.Wo", "fc2", "ffn.lin2", "output.dense", "DenseReluDense.wo",
+)  # layers whose input is scaled  # fmt: skip
+NEITHER = ("attention.output.dense",)  # called like the end of BERT's feed-forward, and none
 
 
 class Scaled(Inserted):
@@ -80,7 +85,7 @@ class Ia3(Adapter):
 
     def insert(self, base: nn.Module, *, name: str, model: Model, generator: torch.Generator) -> Inserted:
         """A vector of ones."""
-        return Scaled(base, scales_input=_named(name, INPUTS if self.inputs is None else self.inputs))
+        return Scaled(base, scales_input=_is(name, INPUTS) if self.inputs is None else _named(name, self.inputs))
 
     def config(self, model: Model, *, layers: dict[str, Inserted]) -> dict[str, Any]:
         """PEFT's IA3Config."""
@@ -93,8 +98,12 @@ def _named(name: str, suffixes: tuple[str, ...]) -> bool:
     return any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
 
 
+def _is(name: str, suffixes: tuple[str, ...]) -> bool:
+    return _named(name, suffixes) and not _named(name, NEITHER)
+
+
 def _known(model: Model, suffixes: tuple[str, ...]) -> list[str]:
-    found = [name for name in linear_layers(model, targets="all-linear") if _named(name, suffixes)]
+    found = [name for name in linear_layers(model, targets="all-linear") if _is(name, suffixes)]
     if not found and suffixes is OUTPUTS:
         raise RecipeError(
             "method 'ia3' does not know which layers of this base compute keys and values",

@@ -71,7 +71,7 @@ class Layers(Subset):
     def _of_block(self, model: Model, block: int) -> list[str]:
         prefix = f"{_block_names(model)[block]}."
         names = [name for name, _ in model.causal.named_parameters() if name.startswith(prefix)]
-        norms = {name for name in names if "norm" in name or ".ln_" in name}
+        norms = {name for name in names if "norm" in name.lower() or ".ln_" in name}
         kept = {"all": names, "norms": norms, "biases": [n for n in names if n.endswith("bias")]}[self.only]
         return [name for name in names if name in set(kept)]
 

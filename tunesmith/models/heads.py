@@ -3,10 +3,11 @@
 It starts at zero, so that before the first step every class is as likely as any other and every number is the mean.
 """
 
+import copy
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -62,6 +63,33 @@ def load_head(model: Model, *, folder: Path) -> dict[str, Any]:
     return read_head_document(folder)
 
 
+class HeadPlace(NamedTuple):
+    """Transformers' class that reads a head like ours, for sequences or `tokens`, and where it keeps what.
+
+    `inside` stands before the names that the base's weights have here (`bert.` of an encoder), `layer` is the head's name.
+    """
+
+    tokens: bool
+    inside: str
+    layer: str
+    biased: bool
+
+
+def head_place(model: Model, *, tokens: bool) -> HeadPlace | None:
+    """None where there is no class for this base, or it has a layer of its own before the head."""
+    try:
+        with quiet(), torch.device("meta"):
+            made = _class(tokens=tokens).from_config(copy.deepcopy(model.causal.config), attn_implementation="sdpa")
+    except ValueError:  # there is no class
+        return None
+    prefix = f"{made.base_model_prefix}."
+    names = [name for name, _ in made.named_parameters() if not name.startswith(prefix)]
+    for layer in ("score", "classifier"):
+        if names in ([f"{layer}.weight"], [f"{layer}.weight", f"{layer}.bias"]):
+            return HeadPlace(tokens, prefix if model.is_encoder else "", layer, len(names) == 2)
+    return None
+
+
 def _class(*, tokens: bool) -> Any:
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
@@ -69,25 +97,24 @@ def _class(*, tokens: bool) -> Any:
 
 
 def save_classifier(
-    model: Model, *, folder: Path, weight_KD: torch.Tensor, tokens: bool, pad_id: int | None, **config: Any
+    model: Model, *, folder: Path, weight_KD: torch.Tensor, place: HeadPlace, pad_id: int | None, **config: Any
 ) -> None:
-    """Write a plain model with a head as transformers' class for sequences, or for `tokens`; `config` is added to it."""
+    """Write a plain model with a head as transformers' class; `config` is added to its configuration."""
     with tempfile.TemporaryDirectory() as plain, quiet():
         model.causal.save_pretrained(plain)
-        written = _class(tokens=tokens).from_pretrained(plain, attn_implementation="sdpa", **config)
-    layers = dict(written.named_children())
-    layer = layers["classifier"] if "classifier" in layers else layers["score"]
+        written = _class(tokens=place.tokens).from_pretrained(plain, attn_implementation="sdpa", **config)
+    layer = written.get_submodule(place.layer)
     with torch.no_grad():
         layer.weight.copy_(weight_KD)
-        if layer.bias is not None:
+        if place.biased:
             layer.bias.zero_()
     written.config.pad_token_id = pad_id
     written.save_pretrained(folder)
 
 
-def classifier_logits(folder: Path, *, tokens: bool, rows: list[list[int]]) -> list[torch.Tensor]:
+def classifier_logits(folder: Path, *, place: HeadPlace, rows: list[list[int]]) -> list[torch.Tensor]:
     """What transformers reads off each row of ids with a model that `save_classifier` wrote."""
     with quiet():
-        written = _class(tokens=tokens).from_pretrained(folder, attn_implementation="sdpa").eval()
+        written = _class(tokens=place.tokens).from_pretrained(folder, attn_implementation="sdpa").eval()
     with torch.no_grad():
         return [written(torch.tensor([ids])).logits[0] for ids in rows]
