@@ -344,7 +344,14 @@ def export(
             out=out,
         )
         return out
-    writers[form](tuned.model, method=tuned.method, template=tuned.template, contract=contract, out=out)
+    writers[form](
+        tuned.model,
+        method=tuned.method,
+        objective=objective,
+        template=tuned.template,
+        contract=contract,
+        out=out,
+    )
     if form == "merged" and (bits := method.stored_in) is not None:
         nats = requantised_cost(tuned.model, kind=bits, contract=contract)
         on_message(

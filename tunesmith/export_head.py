@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from tunesmith.data.contract import FILE as CONTRACT
+from tunesmith.data.contract import known_sequences
 from tunesmith.data.pack import build_pack
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Sequence
 from tunesmith.errors import RecipeError
-from tunesmith.export import compare_logits, probe_ids
+from tunesmith.export import compare_logits, write_checked
 from tunesmith.methods import Method
 from tunesmith.models.heads import DOCUMENT, classifier_logits, read_head_document, save_classifier
 from tunesmith.models.load import Model
@@ -62,9 +62,10 @@ def export_head(
             **_labels(objective),
         )
         model.save_tokenizer(new)
-        (new / CONTRACT).write_text(json.dumps(contract, indent=1, ensure_ascii=False), "utf-8")
+        write_checked(new, model=model, objective=objective, template=template, contract=contract)
         (new / DOCUMENT).write_text(json.dumps(read_head_document(source), indent=1, ensure_ascii=False), "utf-8")
-        compare_logits(expected, classifier_logits(new, tokens=tokens, rows=probe_ids(contract)), out=out)
+        rows = [known["ids"] for known in known_sequences(contract)]
+        compare_logits(expected, classifier_logits(new, tokens=tokens, rows=rows), out=out)
 
 
 def _labels(objective: Headed) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def _outputs(model: Model, contract: dict[str, Any], *, everywhere: bool) -> lis
 
     found = []
     with torch.no_grad():
-        for ids in probe_ids(contract):
+        for ids in (known["ids"] for known in known_sequences(contract)):
             weight_T = np.zeros(len(ids), np.float32)
             weight_T[slice(None) if everywhere else -1] = 1
             pack = build_pack([Sequence(np.array(ids, np.int32), weight_T, values=np.zeros(0, np.float32))])

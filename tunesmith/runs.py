@@ -140,7 +140,7 @@ def template_of_run(run: Run, *, model: Model) -> ChatTemplate:
     source = saved.read_text("utf-8") if saved.is_file() else None
     today = datetime.date.fromisoformat(document["today"])
     template = template_for(model.tokenizer, config=model.causal.config.to_dict(), source=source, today=today)
-    check_contract(document, template=template, file=run.path / CONTRACT)
+    check_contract(document, template=template, objective=run.recipe.objective, file=run.path / CONTRACT)
     return template
 
 
@@ -246,7 +246,7 @@ def write_start(
     write_json(folder / "resolved.json", value=resolved)
     write_json(folder / "ledger.json", value=prepared.ledger)
     examples = [e for _, e in zip(range(4), prepared.examples("train"), strict=False)]
-    write_contract(folder, template=template, examples=examples)
+    write_contract(folder, template=template, objective=recipe.objective, examples=examples)
 
 
 def record_start(
