@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
 from tunesmith import api
 from tunesmith.data.answers import NO_ANSWER, Classes, Numbers
 from tunesmith.data.pack import build_pack
 from tunesmith.data.types import Example, Message, Origin, Sequence
-from tunesmith.errors import DataError, RecipeError
+from tunesmith.errors import DataError, RecipeError, TemplateError
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.models.load import Model
 from tunesmith.recipe import load_recipe, parse_recipe
@@ -351,3 +353,48 @@ def test_a_method_that_does_not_suit_the_base_leaves_no_run_behind(tune: Tune, t
         tune(TEXTS, base="bert", method={"kind": "adapters", "parallel": True})
     assert error.value.hint
     assert not Workspace(tmp_path / "w").run_folders()
+
+
+def other_marks(folder: Path) -> None:
+    """Let the tokenizer in a folder put other tokens around a text; conversations are rendered as before."""
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    marks = [(name, backend.token_to_id(name)) for name in ("<|user|>", "<|end|>")]
+    backend.post_processor = processors.TemplateProcessing(single="<|user|> $A <|end|>", special_tokens=marks)
+    backend.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("objective", ["classification", "causal"])
+def test_a_tokenizer_that_reads_texts_otherwise_is_found_at_load(tune: Tune, objective: str) -> None:
+    rows = TEXTS if objective == "classification" else [{"text": row["text"]} for row in TEXTS]
+    run = tune(rows, objective=objective, method="full")
+    assert api.load(run).run.name == run.name
+    other_marks(run.path / "model")
+    with pytest.raises(TemplateError, match="token contract broken: text 1") as error:
+        api.load(run)
+    assert error.value.hint
+    contract = json.loads((run.path / "token_contract.json").read_text("utf-8"))
+    del contract["texts"]  # as runs of earlier versions have it
+    (run.path / "token_contract.json").write_text(json.dumps(contract), "utf-8")
+    api.load(run)
+
+
+@pytest.mark.parametrize(
+    ("form", "objective"), [("merged", "classification"), ("merged", "causal"), ("peft", "causal")]
+)
+def test_an_export_reads_the_texts_again_with_the_tokenizer_that_it_wrote(
+    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, objective: str
+) -> None:
+    rows = TEXTS if objective == "classification" else [{"text": row["text"]} for row in TEXTS]
+    run = tune(rows, objective=objective)
+    saved = Model.save_tokenizer
+
+    def changed(self: Model, folder: Path) -> None:
+        saved(self, folder)
+        other_marks(folder)
+
+    workspace = Workspace(tmp_path / "w")
+    api.export(run, form=form, out=tmp_path / "right", workspace=workspace)
+    monkeypatch.setattr(Model, "save_tokenizer", changed)
+    with pytest.raises(TemplateError, match="token contract broken: text 1"):
+        api.export(run, form=form, out=tmp_path / "wrong", workspace=workspace)
+    assert not (tmp_path / "wrong").exists()

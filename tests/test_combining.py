@@ -1,9 +1,11 @@
 """Runs combined and loaded together, on a toy base: what is written, what is measured, what is refused."""
 
+import gc
 import io
 import json
 import shutil
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ import pytest
 import torch
 
 from tunesmith import api, cli, combining
+from tunesmith import tuned as tuned_module
 from tunesmith.data.types import Message
 from tunesmith.errors import ModelError, NotFoundError, RecipeError, StorageError, TunesmithError
 from tunesmith.generate.sampling import Sampling
-from tunesmith.models.load import Model
+from tunesmith.models.load import Model, load_model
 from tunesmith.models.readout import head_logits
 from tunesmith.registry.compare import show_run
 from tunesmith.registry.workspace import Workspace
@@ -114,7 +117,7 @@ def test_the_weights_are_the_base_s_and_the_sum_of_the_changes(original: Path, c
         return tuned.model.causal.state_dict()
 
     both, colour, size = merged(combined), merged("colour"), merged("size")
-    base = combining.load_model(str(original / "base")).causal.state_dict()
+    base = load_model(str(original / "base")).causal.state_dict()
     for name, weight in base.items():
         expected = weight + 0.5 * (colour[name] - weight) + 0.75 * (size[name] - weight)
         torch.testing.assert_close(both[name], expected, rtol=0, atol=1e-6)
@@ -139,7 +142,7 @@ def test_where_it_came_from_is_written_down(original: Path, combined: api.Run) -
 
 
 def test_every_system_answers_every_task(original: Path, combined: api.Run) -> None:
-    """The numbers of each run's own adapter and of the base are those that `evaluate` gives."""
+    """The numbers of each run and of the base are those that `evaluate` gives."""
     workspace = Workspace(original / "w")
     document = document_of(combined)
     names = [api.find_run(name, workspace=workspace).name for name in TASKS]
@@ -159,7 +162,7 @@ def test_every_system_answers_every_task(original: Path, combined: api.Run) -> N
             assert difference["value"] == pytest.approx(expected)
             assert difference["low"] <= difference["value"] <= difference["high"]
     text = combination_text(document)
-    for word in (*names, "combination - own adapter", "95 % interval", "exact_match", "of 2 tasks"):
+    for word in (*names, "combination - own run", "95 % interval", "exact_match", "of 2 tasks"):
         assert word in text
 
 
@@ -179,6 +182,112 @@ def test_the_other_ways(original: Path, how: str) -> None:
     assert "of the change's norm lost" in combination_text(document)
     files = [(r.path / "model" / "adapter_model.safetensors").read_bytes() for r in (run, again)]
     assert files[0] == files[1]
+
+
+# ------------------------------------------------------------------------------------------- whole weights
+
+
+@pytest.fixture(scope="session")
+def whole(original: Path) -> dict[str, api.Run]:
+    """A run of each method that moves the base's own weights, two of them by full tuning."""
+    overrides = {"full": ("colour", "method=full"), "other": ("size", "method=full")}
+    overrides |= {"layers": ("size", "method={kind: layers, last: 1}")}
+    return {
+        name: tune(original, task, method, f"name={name}", "train.learning_rate=1e-2", "train.max_steps=4")
+        for name, (task, method) in overrides.items()
+    }
+
+
+def weights_of(project: Path, run: Any) -> dict[str, torch.Tensor]:
+    tuned = api.load(run, workspace=Workspace(project / "w"), device="cpu")
+    tuned.method.merge(tuned.model)
+    return tuned.model.causal.state_dict()
+
+
+@pytest.mark.parametrize("mix", [("full", "other"), ("layers", "full"), ("colour", "layers"), ("other", "colour")])
+def test_with_whole_weights_among_them_the_result_is_a_whole_model(
+    original: Path, whole: dict[str, api.Run], tmp_path: Path, mix: tuple[str, str]
+) -> None:
+    """The base and the weighted changes, of runs that moved it and of LoRA runs; each task's rows answered as alone."""
+    run = combine(original, *mix, weights=[0.5, -0.75], name="mixed")
+    assert (run.finished, run.recipe.method.kind) == (True, "full")
+    base = load_model(str(original / "base")).causal.state_dict()
+    first, second = (weights_of(original, name) for name in mix)
+    for name, weight in weights_of(original, run).items():
+        expected = base[name] + 0.5 * (first[name] - base[name]) - 0.75 * (second[name] - base[name])
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6)
+        assert weight.dtype == base[name].dtype
+    workspace, document = Workspace(original / "w"), document_of(run)
+    names = [api.find_run(name, workspace=workspace).name for name in mix]
+    assert document["systems"] == ["base", *names, "combination"]
+    assert [task["task"] for task in document["tasks"]] == names
+    assert (document["ranks"], document["lost_norm"], document["left_out"]) == ([], 0.0, [])
+    for task in document["tasks"]:
+        settings = api.evaluation_settings(api.find_run(task["task"], workspace=workspace), against=["base"])
+        alone = api.evaluate(task["task"], settings=settings, workspace=workspace).document
+        for metric, entry in task["metrics"].items():
+            ours, theirs = entry["systems"], alone["metrics"][metric]["systems"]
+            assert (ours[task["task"]], ours["base"]) == (theirs["tuned"], theirs["base"])
+            assert f"combination - {task['task']}" in entry["differences"]
+    losses = [entry["value"] for entry in document["tasks"][0]["metrics"]["perplexity"]["systems"].values()]
+    assert len(set(losses)) == 4  # four models, and none of them twice
+    assert "a whole model" in combination_text(document)
+    api.export(run, form="merged", out=tmp_path / "merged")
+    assert show_run(run.path, api.index_of(workspace)).lineage.verified
+
+
+@pytest.mark.parametrize("how", ["ties", "dare_linear", "dare_ties"])
+def test_the_other_ways_of_whole_weights(original: Path, whole: dict[str, api.Run], how: str) -> None:
+    """What is thinned out leaves a tensor's other numbers the base's; the same command gives the same bytes."""
+    run, again = (combine(original, "full", "layers", how=how, density=0.2, rows=2) for _ in range(2))
+    files = [(r.path / "model" / "model.safetensors").read_bytes() for r in (run, again)]
+    assert files[0] == files[1]
+    base = load_model(str(original / "base")).causal.state_dict()
+    name = "model.layers.1.mlp.down_proj.weight"
+    share = float((weights_of(original, run)[name] != base[name]).float().mean())
+    assert 0.2 < share < 0.4  # of two changes a fifth each
+
+
+def test_one_model_at_a_time_is_in_memory(
+    original: Path, whole: dict[str, api.Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = []
+
+    def counted(*given: Any, **more: Any) -> Model:
+        gc.collect()
+        most.append(len(alive) + 1)
+        model = load_model(*given, **more)
+        alive.add(model.causal)
+        return model
+
+    monkeypatch.setattr(combining, "load_model", counted)
+    monkeypatch.setattr(tuned_module, "load_model", counted)
+    combine(original, "full", "other", rows=2)
+    assert max(most) == 1
+    assert len(most) == 9  # the base, and then four systems for either task
+
+
+def test_a_rank_means_nothing_for_whole_weights(
+    original: Path, whole: dict[str, api.Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(combining, "load_model", None)
+    with pytest.raises(RecipeError, match="rank has no effect") as error:
+        combine(original, "full", "colour", rank=4)
+    assert error.value.hint
+
+
+def test_damaged_weights_leave_no_run_behind(project: Path, whole: dict[str, api.Run]) -> None:
+    run = tune(project, "size", "method=full", "train.max_steps=1")
+    path = run.path / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    before = Workspace(project / "w").run_folders()
+    with pytest.raises(ModelError, match="cannot be read"):
+        combine(project, "colour", run)
+    assert Workspace(project / "w").run_folders() == before
+
+
+# ---------------------------------------------------------------------------------------------------- left out
 
 
 def test_rows_that_are_gone_leave_their_task_out_with_a_reason(project: Path) -> None:
@@ -257,7 +366,6 @@ def test_fewer_than_two_runs_are_refused(original: Path) -> None:
     ("override", "message"),
     [
         ("method={kind: prompt, num_tokens: 2}", "method 'prompt'"),
-        ("method=full", "method 'full'"),
         ("method={kind: lora, rank: 2, quantise: int8}", "int8"),
         ("method={kind: lora, rank: 2, dora: true}", "DoRA"),
     ],
@@ -386,8 +494,22 @@ def test_the_command_prints_the_document_or_the_table(original: Path, monkeypatc
     assert (document["density"], document["rank"], document["ranks"]) == (0.3, 6, [6])
     code, out, _ = call(monkeypatch, original, *arguments[:4], "--rows", "2")
     assert code == 0
-    assert "combination - own adapter" in out
+    assert "combination - own run" in out
     assert "next: tunesmith evaluate combined-" in out
+
+
+def test_the_command_combines_whole_weights(
+    original: Path, whole: dict[str, api.Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["full", "colour", "--how", "dare_ties", "--density", "0.5", "--seed", "3", "--rows", "2"]
+    code, out, _ = call(monkeypatch, original, *arguments, "--name", "command", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert (document["seed"], document["layers"], document["ranks"]) == (3, 21, [])
+    code, out, _ = call(monkeypatch, original, *arguments)
+    assert code == 0
+    assert "a whole model, 21 of its tensors changed" in out
+    assert "combination - own run" in out
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ FLOORS: list[set[str]] = [
     {"export_head"},
     {"vocabulary"},
     {"tuned"},
+    {"combination"},
     {"combining", "proving"},
     {"api"},
     {"chat", "checks", "init", "quickstart", "texts"},  # what single commands do

@@ -5,18 +5,21 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tunesmith import api
 from tunesmith.data.formats import examine
 from tunesmith.data.sources import read_rows
 from tunesmith.data.split import side
 from tunesmith.data.types import Example
-from tunesmith.errors import DataError, NotFoundError, StorageError
+from tunesmith.errors import DataError, ModelError, NotFoundError, StorageError
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.init import write_recipe
 from tunesmith.recipe import Recipe, load_recipe
+from tunesmith.registry.workspace import Workspace
 
 ROWS = {
     "chat": [
@@ -111,8 +114,83 @@ def test_the_base_is_the_one_asked_for(tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", ROWS["chat"])
     base = tmp_path / "my: base #1"
     base.mkdir()
+    (base / "config.json").write_text('{"model_type": "llama"}')
     assert init(source, out=tmp_path / "r.yaml", base=str(base)).base == str(base)
-    assert init(source, out=tmp_path / "s.yaml", base="owner/model").base == "owner/model"
+    found = write_recipe(source, out=tmp_path / "s.yaml", base="owner/model")
+    assert load_recipe(tmp_path / "s.yaml").base == "owner/model"
+    assert "not here yet and taken for a decoder" in found["why"]
+    for nothing in (str(tmp_path), "no-base", "a b/c"):
+        with pytest.raises((ModelError, NotFoundError)) as caught:
+            write_recipe(source, out=tmp_path / "t.yaml", base=nothing)
+        assert caught.value.hint
+    assert not (tmp_path / "t.yaml").exists()
+
+
+# ----------------------------------------------------------------------------------------------- the kind of base
+
+COLOURS = [{"prompt": f"colour of {i}?", "completion": ("red", "green")[i % 2]} for i in range(30)]
+HOURS = [{"prompt": f"hours for {i}?", "completion": f"{i / 4}"} for i in range(120)]
+LISTED = [{"text": f"ticket {i}", "label": ["red"] if i % 2 else ["red", "blue"]} for i in range(30)]
+TAGGED = [{"tokens": [f"ticket{i}", "b"], "ner_tags": ["O", "B-X"]} for i in range(30)]
+
+
+@pytest.fixture(scope="session")
+def bases(build_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bases")
+    for kind in ("bert", "t5"):
+        (folder / kind).mkdir()
+        build_model(kind, dtype=torch.float32).save(folder / kind)
+    (folder / "t5" / "chat_template.jinja").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "objective", "metric"),
+    [
+        ("t5", COLOURS, "seq2seq", "exact_match"),
+        ("t5", ROWS["numbered"], "seq2seq", "exact_match"),
+        ("t5", [{"text": row["prompt"], "label": row["completion"]} for row in COLOURS], "seq2seq", "exact_match"),
+        ("bert", COLOURS, "classification", "accuracy"),
+        ("bert", HOURS, "regression", "mae"),
+        ("bert", HOURS[:30], "regression", "mae"),
+        ("bert", LISTED, "classification", "accuracy"),
+        ("bert", TAGGED, "token_classification", "entity_f1"),
+    ],
+)
+def test_the_recipe_trains_on_the_kind_of_base_it_was_written_for(bases, tmp_path, kind, rows, objective, metric):
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    recipe = init(source, out=tmp_path / "r.yaml", base=str(bases / kind))
+    assert (recipe.objective.kind, recipe.evaluate.metrics[0]) == (objective, metric)
+    assert ("coverage" in recipe.evaluate.metrics) == (rows is HOURS)  # of too few rows there is no interval
+    workspace = Workspace(tmp_path / "w")
+    run = api.tune(tmp_path / "r.yaml", workspace=workspace, overrides=["train.max_steps=1", "method.rank=2"])
+    assert (run.finished, run.recipe.objective.kind) == (True, objective)
+    settings = api.evaluation_settings(run, rows=2, against=["base"] if kind == "t5" else None)
+    assert api.evaluate(run, settings=settings, workspace=workspace).document["primary"] == metric
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "message"),
+    [
+        ("t5", ROWS["text"], "these rows are of the form 'text'"),
+        ("t5", TAGGED, "these rows are of the form 'tagged'"),
+        ("bert", ROWS["text"], "these 30 rows have plain text"),
+        ("bert", ROWS["prompt_completion"], "these 30 rows have 1 different answers"),
+        ("bert", [row | {"completion": f"It is {i}."} for i, row in enumerate(COLOURS)], "30 different answers"),
+    ],
+)
+def test_rows_that_no_objective_learns_on_such_a_base_are_refused(bases, tmp_path, kind, rows, message):
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=message) as caught:
+        write_recipe(source, out=tmp_path / "r.yaml", base=str(bases / kind))
+    assert caught.value.hint
+    assert not (tmp_path / "r.yaml").exists()
+
+
+def test_without_a_file_the_objective_fits_the_base(bases, tmp_path):
+    for kind, objective in (("t5", "seq2seq"), ("bert", "classification")):
+        recipe = init(None, out=tmp_path / f"{kind}.yaml", base=str(bases / kind))
+        assert recipe.objective.kind == objective
 
 
 def test_comments_say_what_to_do_next(tmp_path):

@@ -23,6 +23,7 @@ from tunesmith.methods import METHODS
 from tunesmith.methods.lora import Lora
 from tunesmith.models.extended import ExtendedHead, extend_tables, new_rows
 from tunesmith.models.load import Model, load_model
+from tunesmith.objectives.causal import Causal
 from tunesmith.recipe import load_recipe
 from tunesmith.registry.workspace import Workspace
 from tunesmith.runs import prepare_data
@@ -239,7 +240,12 @@ def test_biases_of_new_tokens_are_not_left_behind(
     method.apply(model, seed=0)
     with pytest.raises(RecipeError, match="biases") as error:
         export_peft(
-            model, method=method, template=ChatTemplate(toy_tokenizer), contract={"probes": []}, out=tmp_path / "out"
+            model,
+            method=method,
+            template=ChatTemplate(toy_tokenizer),
+            contract={"probes": []},
+            objective=Causal(),
+            out=tmp_path / "out",
         )
     assert "merged" in error.value.hint
     method.save(model, folder=tmp_path)

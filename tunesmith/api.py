@@ -381,7 +381,14 @@ def export(
             out=out,
         )
         return out
-    writers[form](tuned.model, method=tuned.method, template=tuned.template, contract=contract, out=out)
+    writers[form](
+        tuned.model,
+        method=tuned.method,
+        objective=objective,
+        template=tuned.template,
+        contract=contract,
+        out=out,
+    )
     if form == "merged" and (bits := method.stored_in) is not None:
         nats = requantised_cost(tuned.model, kind=bits, contract=contract)
         on_message(
@@ -449,14 +456,16 @@ def combine(
     workspace: Workspace | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Run:
-    """Make one run of several LoRA runs of one base, and measure what that costs on each run's own held-out rows.
+    """Make one run of several of one base, and measure what that costs on each run's own held-out rows.
 
-    `how` is linear, ties, dare_linear or dare_ties (methods/combine.py). `weights` are an average by default, `density` (the
-    share kept by ties and dare) 0.5, `seed` (of dare) 0, `rank` the sum of the ranks for linear and the largest of them
+    LoRA runs give a LoRA run; with a run of `full`, `layers` or `bitfit` among them it is one of `full`. `how` is linear,
+    ties, dare_linear or dare_ties (methods/combine.py). `weights` are an average by default, `density` (the share kept by
+    ties and dare) 0.5, `seed` (of dare) 0, `rank` (of LoRA) the sum of the ranks for linear and the largest of them
     otherwise. The table is in `combination.json` of the run; `rows` bounds the rows of each task. Raises RecipeError before
     any model is loaded where runs or settings do not fit together.
     """
-    from tunesmith.combining import combine_runs, plan_combination
+    from tunesmith.combination import plan_combination
+    from tunesmith.combining import combine_runs
 
     workspace = workspace or find_workspace()
     found = [find_run(run, workspace=workspace) for run in runs]

@@ -228,7 +228,7 @@ def combine(
     how: Annotated[str, typer.Option("--how", help="linear, ties, dare_linear or dare_ties")],
     weights: Annotated[str | None, typer.Option("--weights", help="one a run, such as 0.5,0.5; the average")] = None,
     density: Annotated[float | None, typer.Option("--density", help="share that ties and dare keep; 0.5")] = None,
-    rank: Annotated[int | None, typer.Option("--rank", help="of the result; what `how` needs by default")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="of an adapter; what `how` needs by default")] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="of what dare drops; 0")] = None,
     name: Annotated[str, typer.Option("--name", help="the new run's name")] = "combined",
     rows: Annotated[int | None, typer.Option("--rows", min=2, help="at most this many rows of each task")] = None,
@@ -237,7 +237,8 @@ def combine(
 ) -> None:
     """Make one run of several, and measure what it costs on each of their tasks."""
     from tunesmith.api import combine as run_combine
-    from tunesmith.combining import parse_weights, read_combination
+    from tunesmith.combination import parse_weights
+    from tunesmith.combining import read_combination
     from tunesmith.texts import combination_text
 
     run = run_combine(

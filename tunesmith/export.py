@@ -8,12 +8,16 @@ from typing import Any
 import torch
 
 from tunesmith.data.contract import FILE as CONTRACT
+from tunesmith.data.contract import check_contract, known_sequences
 from tunesmith.data.template import ChatTemplate
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import RecipeError, StorageError
 from tunesmith.methods import Method
+from tunesmith.models.base import template_for
 from tunesmith.models.extended import SAVED_BIASES, extend_alike, fold_tables, new_rows
 from tunesmith.models.load import Model, load_model
 from tunesmith.models.quantised import Quantisation, quantise
+from tunesmith.objectives.base import Objective
 from tunesmith.storage import new_folder
 
 TOLERANCE = 1e-4  # of float32 logits, relative to their largest
@@ -30,7 +34,7 @@ def _logits(model: Model, contract: dict[str, Any]) -> list[torch.Tensor]:
 
     found = []
     with torch.no_grad():
-        for known in (s for probe in contract["probes"] for s in probe["sequences"]):
+        for known in known_sequences(contract):
             ids, read = np.array(known["ids"], np.int32), known.get("encoder_ids")
             encoder_T = None if read is None else np.array(read, np.int32)
             pack = build_pack([Sequence(ids, np.zeros(len(ids), np.float32), encoder_T=encoder_T)])
@@ -64,18 +68,23 @@ def compare_logits(expected: list[torch.Tensor], found: list[torch.Tensor], *, o
             )
 
 
-def export_merged(model: Model, *, method: Method, template: ChatTemplate, contract: dict[str, Any], out: Path) -> None:
+def export_merged(
+    model: Model, *, method: Method, objective: Objective, template: ChatTemplate, contract: dict[str, Any], out: Path
+) -> None:
     """A plain transformers model: the adapter folded into the weights it was trained against."""
     expected = _logits(model, contract)
     method.merge(model)
     fold_tables(model)
     with new_folder(out) as new:
         model.save(new)
-        _write_extras(new, template=template, contract=contract)
+        _write_stops(new, template=template)
+        write_checked(new, model=model, objective=objective, template=template, contract=contract)
         compare_logits(expected, _logits(load_model(str(new)), contract), out=out)
 
 
-def export_peft(model: Model, *, method: Method, template: ChatTemplate, contract: dict[str, Any], out: Path) -> None:
+def export_peft(
+    model: Model, *, method: Method, objective: Objective, template: ChatTemplate, contract: dict[str, Any], out: Path
+) -> None:
     """The adapter in PEFT's format, with the tokenizer and chat template it was trained with."""
     if any(name.endswith(SAVED_BIASES) for name in new_rows(model)):
         raise RecipeError("the head has biases, and PEFT keeps none of new tokens", hint="use --format merged")
@@ -83,16 +92,26 @@ def export_peft(model: Model, *, method: Method, template: ChatTemplate, contrac
     with new_folder(out) as new:
         method.save(model, folder=new)
         model.save_tokenizer(new)
-        _write_extras(new, template=template, contract=contract)
+        _write_stops(new, template=template)
+        write_checked(new, model=model, objective=objective, template=template, contract=contract)
         again = load_model(model.name)
         extend_alike(again, like=model)
         copy.deepcopy(method).load(again, folder=new)
         compare_logits(expected, _logits(again, contract), out=out)
 
 
-def _write_extras(folder: Path, *, template: ChatTemplate, contract: dict[str, Any]) -> None:
-    """The token contract, and the stop tokens as generation_config.json has them."""
+def write_checked(
+    folder: Path, *, model: Model, objective: Objective, template: ChatTemplate, contract: dict[str, Any]
+) -> None:
+    """The token contract. TemplateError where tokenizer and template, as they were written to `folder`, break it."""
+    config = model.causal.config.to_dict()
+    written = template_for(Tokenizer.from_folder(folder), config=config, today=template.today)
+    check_contract(contract, template=written, objective=objective, file=folder / CONTRACT)
     (folder / CONTRACT).write_text(json.dumps(contract, indent=1, ensure_ascii=False), "utf-8")
+
+
+def _write_stops(folder: Path, *, template: ChatTemplate) -> None:
+    """The stop tokens as generation_config.json has them."""
     path = folder / "generation_config.json"
     config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     config["eos_token_id"] = template.stop_ids()

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from tunesmith.data.contract import FILE as CONTRACT
 from tunesmith.data.contract import PROBES
 from tunesmith.data.pack import build_pack
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example, Origin, Sequence
 from tunesmith.errors import RecipeError
-from tunesmith.export import compare_logits
+from tunesmith.export import compare_logits, write_checked
 from tunesmith.methods import Method
 from tunesmith.methods.p_tuning import PTuning
 from tunesmith.methods.peft_head import add_head, without_head
@@ -88,7 +87,7 @@ def export_head(
             pad_id=pad if pad not in template.tokenizer.end_ids else None,
             **_labels(objective),
         )
-        _write_extras(model, contract, source=source, folder=new)
+        _write_extras(model, objective=objective, template=template, contract=contract, source=source, folder=new)
         compare_logits(expected, classifier_logits(new, place=place, rows=rows), out=out)
 
 
@@ -114,7 +113,7 @@ def export_peft_head(
     with new_folder(out) as new, tempfile.TemporaryDirectory() as plain:
         method.save(model, folder=new)
         add_head(new, place=place, weight_KD=model.outputs.weight)
-        _write_extras(model, contract, source=source, folder=new)
+        _write_extras(model, objective=objective, template=template, contract=contract, source=source, folder=new)
         again = load_model(model.name)
         weight_KD = without_head(new, place=place, out=Path(plain))
         method.load(again, folder=Path(plain))
@@ -123,10 +122,12 @@ def export_peft_head(
         compare_logits(expected, _outputs(again, rows, everywhere=place.tokens), out=out)
 
 
-def _write_extras(model: Model, contract: dict[str, Any], *, source: Path, folder: Path) -> None:
+def _write_extras(
+    model: Model, *, objective: Headed, template: ChatTemplate, contract: dict[str, Any], source: Path, folder: Path
+) -> None:
     """The tokenizer, the token contract, and what the head's outputs mean."""
     model.save_tokenizer(folder)
-    (folder / CONTRACT).write_text(json.dumps(contract, indent=1, ensure_ascii=False), "utf-8")
+    write_checked(folder, model=model, objective=objective, template=template, contract=contract)
     (folder / DOCUMENT).write_text(json.dumps(read_head_document(source), indent=1, ensure_ascii=False), "utf-8")
 
 

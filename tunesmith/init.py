@@ -1,4 +1,4 @@
-"""`tunesmith init`: a commented recipe that fits the data."""
+"""`tunesmith init`: a commented recipe that fits the data and the base."""
 
 import itertools
 import re
@@ -7,19 +7,22 @@ from typing import Any
 
 import yaml
 
-from tunesmith.data.formats import detect_form, examine
+from tunesmith.data.formats import detect_form, examine, label_mapping
 from tunesmith.data.ledger import Problem
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources import read_rows
 from tunesmith.data.split import side
 from tunesmith.data.types import Example, Label
 from tunesmith.errors import DataError, StorageError
+from tunesmith.models.base import ENCODER_DECODERS, ENCODERS, known_model_type
 from tunesmith.registry.workspace import LATEST
 from tunesmith.storage import write_text
 
 SAMPLE_ROWS = 2_000
 LABEL_CHARACTERS = 40
 MOST_CLASSES = 20  # that are written as whole numbers
+INTERVAL_ROWS = 9  # held-out rows that an interval for 0.9 of the numbers needs
+ROWS_A_CLASS = 4  # on average, where answers are taken for classes
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # the smallest that holds rows back is taken
 YAML_WORDS = {"yes", "no", "on", "off", "y", "n", "true", "false", "null"}
 
@@ -53,11 +56,13 @@ evaluate:
 def write_recipe(source: Path | None, *, out: Path, base: str = "starter") -> dict[str, Any]:
     """Look at the first rows of `source` and write a recipe for them; an existing file is never replaced.
 
-    Returns {"recipe", "form", "rows", "why"}. Raises DataError where no row can be used, StorageError where `out` exists.
+    Returns {"recipe", "form", "rows", "why"}. Raises DataError where no row can be used, or not with such a base,
+    StorageError where `out` exists, ModelError or NotFoundError where `base` is no usable model.
     """
     if out.exists():
         raise StorageError("the file exists already", file=out, hint="choose another name with --out")
-    found = _look(source) if source is not None else _Found(form="chat", rows=0)
+    model_type = known_model_type(base)
+    found = _look(source, model_type=model_type) if source is not None else _Found("chat", model_type=model_type)
     train = _relative(source, out=out) if source else "FILE.jsonl"
     epochs = 3 if found.rows >= 1_500 else 6 if found.rows >= 300 else 10
     text = RECIPE.format(
@@ -81,14 +86,16 @@ def write_recipe(source: Path | None, *, out: Path, base: str = "starter") -> di
 
 
 class _Found:
-    """What the first rows of a file look like."""
+    """What the first rows of a file look like, and what they can be for the base; a decoder unless it is known."""
 
-    def __init__(self, *, form: str, rows: int):
+    def __init__(self, form: str, *, model_type: str | None, rows: int = 0):
         self.form, self.rows, self.num_bad = form, rows, 0
+        self.model_type = model_type
         self.mapping: dict[str, str] = {}
         self.answers: list[str] = []
         self.labels: list[Label] = []
         self.share: float | None = SHARES[0]
+        self.num_held = 0
 
     @property
     def validation_lines(self) -> str:
@@ -125,7 +132,7 @@ class _Found:
             "numbers": "regression",
             "tags": "token_classification",
         }
-        return of_kind.get(self.kind, "instruction")
+        return of_kind.get(self.kind, "seq2seq" if self.model_type in ENCODER_DECODERS else "instruction")
 
     def learning_rate(self, base: str) -> str:
         """For LoRA; a head takes smaller steps beside it."""
@@ -140,7 +147,7 @@ class _Found:
             return "text"
         if self.form == "tagged":
             return "tags"
-        if self.form == "labelled":
+        if (self.form == "labelled" and not self.mapping) or self.model_type in ENCODERS:
             return "numbers" if _are_numbers(self.labels) else "classes"
         if self.answers and all(a.lstrip().startswith(("{", "[")) for a in self.answers):
             return "json"
@@ -155,7 +162,7 @@ class _Found:
             "label": "[exact_match, token_f1, perplexity]",
             "prose": "[chrf, bleu, rouge_l, token_f1, perplexity]",
             "classes": "[accuracy, macro_f1, log_loss, calibration_error]",
-            "numbers": "[mae, rmse, coverage, interval_width]",
+            "numbers": "[mae, rmse, coverage, interval_width]" if self.num_held >= INTERVAL_ROWS else "[mae, rmse]",
             "tags": "[entity_f1, tag_accuracy]",
         }[self.kind]
         lines = [f"  metrics: {names}   # the first decides the verdict"]
@@ -179,10 +186,29 @@ class _Found:
         }
         bad = f", {self.num_bad} of them unusable" if self.num_bad else ""
         more = "the first " if self.rows >= SAMPLE_ROWS else ""
-        return f"{more}{self.rows:,} rows of the form {self.form} ({answers[self.kind]}){bad}"
+        base = "" if self.model_type is not None else "; the base is not here yet and taken for a decoder"
+        return f"{more}{self.rows:,} rows of the form {self.form} ({answers[self.kind]}){bad}{base}"
+
+    def check_base(self, source: Path) -> None:
+        """DataError where no objective learns such rows on such a base."""
+        if self.model_type in ENCODER_DECODERS and self.form in ("text", "tagged"):
+            raise DataError(
+                f"an encoder-decoder answers prompts, and these rows are of the form '{self.form}'",
+                file=source,
+                hint="choose a decoder, or give rows with a prompt and a completion",
+            )
+        few = 2 <= len(set(self.labels)) <= len(self.labels) / ROWS_A_CLASS
+        read = self.form in ("labelled", "tagged") or (self.labels and (few or _are_numbers(self.labels)))
+        if self.model_type in ENCODERS and not read:
+            found = f"{len(set(self.labels)):,} different answers" if self.labels else "plain text"
+            raise DataError(
+                f"an encoder writes no text, and these {self.rows:,} rows have {found}",
+                file=source,
+                hint=f"choose a decoder, or give rows with a label; {ROWS_A_CLASS} a class at least make classes of answers",
+            )
 
 
-def _look(source: Path) -> _Found:
+def _look(source: Path, *, model_type: str | None) -> _Found:
     problems: list[Problem] = []
     rows = list(itertools.islice(read_rows(source, on_bad=problems.append), SAMPLE_ROWS))
     if not rows:
@@ -190,17 +216,24 @@ def _look(source: Path) -> _Found:
         raise DataError(message, file=source, hint="tunesmith data check FILE says what is wrong")
     forms = [detect_form(row.value) for row in rows]
     form = max(set(forms), key=forms.count)
-    found = _Found(form=form, rows=len(rows))
-    settings = DataSettings(train=str(source))
+    found = _Found(form, model_type=model_type, rows=len(rows))
+    if form == "labelled" and model_type in ENCODER_DECODERS:
+        found.mapping = label_mapping(next(row.value for row, f in zip(rows, forms, strict=True) if f == form))
+    settings = DataSettings(train=str(source), mapping=found.mapping)
     read = [examine(row, settings=settings) for row in rows]
     examples = [r for r in read if isinstance(r, Example)]
     if not examples:
         first = next(r for r in read if isinstance(r, Problem))
         raise first.as_error()
     found.num_bad = len(read) - len(examples) + sum(p.severity == "error" for p in problems)
-    found.labels = [e.label for e in examples if e.label is not None]
     found.answers = [e.messages[-1].content for e in examples if e.messages]
-    found.share = next((share for share in SHARES if _splits(examples, share)), None)
+    found.labels = [e.label for e in examples if e.label is not None]
+    if model_type in ENCODERS:
+        found.labels = found.labels or [answer.strip() for answer in found.answers]
+    found.check_base(source)
+    held = {share: _num_held(examples, share) for share in SHARES}
+    found.share = next((share for share, count in held.items() if 2 <= count < len(examples)), None)
+    found.num_held = 0 if found.share is None else held[found.share]
     return found
 
 
@@ -214,10 +247,9 @@ def _are_numbers(labels: list[Label]) -> bool:
     return all(isinstance(label, str) for label in labels) and not few
 
 
-def _splits(examples: list[Example], share: float) -> bool:
-    """Whether the split leaves a row to train on and holds back two, the fewest that can be evaluated."""
-    held = sum(side(e.prompt_key, shares={"validation": share}) == "validation" for e in examples)
-    return 2 <= held < len(examples)
+def _num_held(examples: list[Example], share: float) -> int:
+    """How many rows the split holds back; two are the fewest that can be evaluated."""
+    return sum(side(e.prompt_key, shares={"validation": share}) == "validation" for e in examples)
 
 
 def _name(path: Path) -> str:

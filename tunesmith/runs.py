@@ -140,7 +140,7 @@ def template_of_run(run: Run, *, model: Model) -> ChatTemplate:
     source = saved.read_text("utf-8") if saved.is_file() else None
     today = datetime.date.fromisoformat(document["today"])
     template = template_for(model.tokenizer, config=model.causal.config.to_dict(), source=source, today=today)
-    check_contract(document, template=template, file=run.path / CONTRACT)
+    check_contract(document, template=template, objective=run.recipe.objective, file=run.path / CONTRACT)
     return template
 
 
@@ -246,7 +246,7 @@ def write_start(
     write_json(folder / "resolved.json", value=resolved)
     write_json(folder / "ledger.json", value=prepared.ledger)
     examples = [e for _, e in zip(range(4), prepared.examples("train"), strict=False)]
-    write_contract(folder, template=template, examples=examples)
+    write_contract(folder, template=template, objective=recipe.objective, examples=examples)
 
 
 def record_start(
@@ -269,10 +269,14 @@ def record_start(
                 if index.store is not None and path.stat().st_size <= STORED_BYTES:
                     index.store.put_file(path)
             datasets[role] = index.record_dataset(paths, rows=counts[role], form=recipe.data.form)
+    index.start_run(folder, datasets=datasets, base=_record_base(index, recipe, model=model, parameters=parameters))
+
+
+def _record_base(index: Index, recipe: Recipe, *, model: Model, parameters: int) -> str:
+    """Enter a recipe's base, which has so many `parameters`; its digest."""
     path = Path(recipe.base.config) if isinstance(recipe.base, NewBase) else resolve_base(recipe.base)
     kind = str(model.causal.config.model_type)
-    base = index.record_base(path, name=model.name, model_type=kind, parameters=parameters)
-    index.start_run(folder, datasets=datasets, base=base)
+    return index.record_base(path, name=model.name, model_type=kind, parameters=parameters)
 
 
 def command_line() -> str:
@@ -347,10 +351,8 @@ def own_rows(run: Run, prepared: Prepared) -> tuple[str, list[Example]]:
     return name, examples
 
 
-def record_combined(index: Index, folder: Path, *, model: Model, parent: str) -> None:
+def record_combined(index: Index, folder: Path, recipe: Recipe, *, model: Model, parent: str) -> None:
     """Enter a run that was made of other runs; the index follows the first of them, resolved.json names all."""
-    kind = str(model.causal.config.model_type)
-    assert model.folder is not None
-    digest = index.record_base(model.folder, name=model.name, model_type=kind, parameters=model.num_parameters())
+    digest = _record_base(index, recipe, model=model, parameters=model.num_parameters())
     known = {run.name for run in index.runs()}
     index.start_run(folder, datasets={}, base=digest, parent=parent if parent in known else None)

@@ -84,15 +84,17 @@ def prediction_text(result: dict[str, Any]) -> str:
 
 
 def combination_text(document: dict[str, Any]) -> str:
-    """What a combination costs: a row a task, a column a system; then the combination against each task's own adapter."""
+    """What a combination costs: a row a task, a column a system; then the combination against each task's own run."""
     of = ", ".join(f"{run['run']} ({run['weight']:g})" for run in document["runs"])
     ranks = document["ranks"]
-    rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    lost = f"rank {rank}, {document['lost_norm']:.2%} of the change's norm lost to it"
-    parts = [f"{document['run']}: {document['how']} of {of}", lost, ""]
+    what = f"a whole model, {document['layers']:,} of its tensors changed"
+    if ranks:
+        rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        what = f"rank {rank}, {document['lost_norm']:.2%} of the change's norm lost to it"
+    parts = [f"{document['run']}: {document['how']} of {of}", what, ""]
     if document["tasks"]:
         table = [["task", "rows", "metric", *document["systems"]]]
-        differences = [["task", "combination - own adapter", "95 % interval", "p", "better", "worse"]]
+        differences = [["task", "combination - own run", "95 % interval", "p", "better", "worse"]]
         for task in document["tasks"]:
             entry = task["metrics"][task["primary"]]
             cells = [_value_cell(entry["systems"][system]) for system in document["systems"]]

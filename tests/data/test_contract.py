@@ -1,17 +1,28 @@
 """The token contract: the same template and tokenizer pass, and every change that alters an id, a mask or a stop fails."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import normalizers, processors
 
 from tunesmith.data.contract import FILE, check_contract, write_contract
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.types import Example, Message, Origin
 from tunesmith.errors import TemplateError
+from tunesmith.objectives.base import Objective
+from tunesmith.objectives.causal import Causal
+from tunesmith.objectives.classification import Classification
+from tunesmith.objectives.contrastive import Contrastive
+from tunesmith.objectives.instruction import Instruction
+from tunesmith.objectives.regression import Regression
+from tunesmith.objectives.token_classification import TokenClassification
 
+INSTRUCTION = Instruction()
 SPECIAL = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 
 
@@ -32,14 +43,16 @@ def template(toy_tokenizer: Tokenizer) -> ChatTemplate:
     return ChatTemplate(toy_tokenizer)
 
 
-def written(folder: Path, template: ChatTemplate, examples: list[Example]) -> dict[str, Any]:
-    write_contract(folder, template=template, examples=examples)
+def written(
+    folder: Path, template: ChatTemplate, examples: list[Example], objective: Objective = INSTRUCTION
+) -> dict[str, Any]:
+    write_contract(folder, template=template, objective=objective, examples=examples)
     document: dict[str, Any] = json.loads((folder / FILE).read_text())
     return document
 
 
-def check(document: dict[str, Any], template: ChatTemplate) -> None:
-    check_contract(document, template=template, file=Path(FILE))
+def check(document: dict[str, Any], template: ChatTemplate, objective: Objective = INSTRUCTION) -> None:
+    check_contract(document, template=template, objective=objective, file=Path(FILE))
 
 
 def test_what_was_written_holds(tmp_path, template, toy_tokenizer_folder):
@@ -160,3 +173,102 @@ def test_a_template_that_is_particular_has_a_contract_of_what_it_takes(tmp_path,
     document = written(tmp_path, template, [example])
     assert any(m["content"] == "On its way." for probe in document["probes"] for m in probe["messages"])
     check(document, template)
+
+
+# --------------------------------------------------------------------------------------------------- plain texts
+
+READERS: dict[str, Objective] = {
+    "causal": Causal(),
+    "classification": Classification(pooling="last"),
+    "regression": Regression(pooling="mean"),
+    "token_classification": TokenClassification(pooling="last"),
+    "contrastive": Contrastive(pooling="mean"),
+}
+
+
+def normalised(normaliser: normalizers.Normalizer) -> Callable[[Backend], None]:
+    def change(backend: Backend) -> None:
+        backend.normalizer = normaliser
+
+    return change
+
+
+def marked(single: str, *names: str) -> Callable[[Backend], None]:
+    def change(backend: Backend) -> None:
+        marks = [(name, SPECIAL.index(name)) for name in names]
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=marks)
+
+    return change
+
+
+TOKENIZERS: dict[str, Callable[[Backend], None]] = {
+    "lower case": normalised(normalizers.Lowercase()),
+    "composed": normalised(normalizers.NFC()),
+    "decomposed": normalised(normalizers.NFD()),
+    "compatible": normalised(normalizers.NFKC()),
+    "no accents": normalised(normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])),
+    "another begin": marked("<|pad|> $A <|end|>", "<|pad|>", "<|end|>"),
+}
+ENDS = {"another end": marked("<|begin|> $A <|pad|>", "<|begin|>", "<|pad|>")}
+
+
+def reread(template: ChatTemplate, change: Callable[[Backend], None], **config: str) -> ChatTemplate:
+    """The template with another tokenizer."""
+    old = template.tokenizer
+    backend = Backend.from_str(old.backend.to_str())
+    change(backend)
+    return ChatTemplate(Tokenizer(backend, old.config | config, old.chat_template))
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_texts_are_kept_as_the_objective_reads_them(tmp_path, template, name):
+    objective, tokenizer = READERS[name], template.tokenizer
+    document = written(tmp_path, template, [], objective)
+    check(document, template, objective)
+    assert len(document["texts"]) >= 2
+    (sequence,) = document["texts"][0]["sequences"]
+    text = document["texts"][0]["text"]
+    assert sequence["ids"] == [*tokenizer.begin_ids, *tokenizer.encode_text([text])[0], *tokenizer.end_ids]
+    read = sum(weight > 0 for weight in sequence["weights"])
+    count = len(sequence["ids"])
+    expected = {"causal": count - 1, "classification": 1, "token_classification": len(text.split())}
+    assert read == expected.get(name, count)
+
+
+@pytest.mark.parametrize("change", TOKENIZERS | ENDS)
+@pytest.mark.parametrize("name", READERS)
+def test_a_tokenizer_that_reads_texts_otherwise_is_found(tmp_path, template, name, change):
+    """The conversations alone would not say so: their special tokens come from the chat template."""
+    document = written(tmp_path, template, [], READERS[name]) | {"probes": []}
+    other = reread(template, (TOKENIZERS | ENDS)[change])
+    if name == "causal" and change in ENDS:
+        other = reread(template, lambda backend: None, eos_token="<|pad|>")  # what it ends texts with
+    with pytest.raises(TemplateError, match="token contract broken: text") as caught:
+        check(document, other, READERS[name])
+    assert caught.value.hint
+    assert caught.value.file == FILE
+
+
+def test_an_objective_that_reads_otherwise_is_found(tmp_path, template):
+    document = written(tmp_path, template, [], READERS["classification"])
+    with pytest.raises(TemplateError, match="token contract broken: text 1"):
+        check(document, template, READERS["regression"])
+
+
+def test_a_contract_without_texts_still_holds(tmp_path, template):
+    """Of a run of an earlier version, and of an objective that reads conversations alone."""
+    document = written(tmp_path, template, EXAMPLES, READERS["classification"])
+    del document["texts"]
+    check(document, template, READERS["classification"])
+    assert written(tmp_path, template, EXAMPLES)["texts"] == []
+
+
+def test_a_text_whose_words_cannot_be_told_apart_is_no_probe(tmp_path, template):
+    other = reread(template, normalised(normalizers.Replace("2", "")))  # nothing is left of the word
+    kept = written(tmp_path, template, [], READERS["token_classification"])["texts"]
+    document = written(tmp_path, other, [], READERS["token_classification"])
+    assert all("2" not in probe["text"] for probe in document["texts"])
+    assert document["texts"]
+    check(document, other, READERS["token_classification"])
+    with pytest.raises(TemplateError, match="token contract broken: text 1"):
+        check(document | {"probes": [], "texts": kept}, other, READERS["token_classification"])

@@ -17,6 +17,7 @@ from tunesmith.data.tokens import TokenStore
 from tunesmith.data.types import Example, Message, Origin, Sequence
 from tunesmith.errors import TemplateError
 from tunesmith.models.base import template_for
+from tunesmith.objectives.seq2seq import Seq2seq
 from tunesmith.storage import read_json
 
 SPECIAL = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -120,13 +121,13 @@ def test_the_configuration_decides_which_template_it_is(tokenizer: Tokenizer) ->
 
 
 def test_the_token_contract_holds_the_sources(template: PairTemplate, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    write_contract(tmp_path, template=template, examples=[ROW])
+    write_contract(tmp_path, template=template, objective=Seq2seq(), examples=[ROW])
     document = read_json(tmp_path / FILE)
     assert document["probes"][-1]["sequences"][0]["encoder_ids"] == template.prompt(list(ROW.messages[:-1])).ids
-    check_contract(document, template=template, file=tmp_path / FILE)
+    check_contract(document, template=template, objective=Seq2seq(), file=tmp_path / FILE)
     other = PairTemplate(tokenizer, start_id=START, source="{{ messages[-1].content }}!")
     with pytest.raises(TemplateError, match="token contract broken"):
-        check_contract(document, template=other, file=tmp_path / FILE)
+        check_contract(document, template=other, objective=Seq2seq(), file=tmp_path / FILE)
 
 
 # Sequences and packs

@@ -29,9 +29,7 @@ from tunesmith.methods.combine import (
     truncated,
     updates_of,
 )
-from tunesmith.methods.full import Full
 from tunesmith.methods.ia3 import Ia3
-from tunesmith.methods.layers import Layers
 from tunesmith.methods.lora import Lora, LoraLinear, Qlora
 from tunesmith.methods.prefix import Prefix
 from tunesmith.methods.prompt import Prompt
@@ -347,8 +345,6 @@ def test_a_file_that_is_no_lora_adapter_is_refused_by_the_run_s_name(
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (Full(), "method 'full'"),
-        (Layers(), "method 'layers'"),
         (Prefix(), "method 'prefix'"),
         (Prompt(), "method 'prompt'"),
         (Adapters(), "method 'adapters'"),

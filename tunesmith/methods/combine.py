@@ -31,13 +31,15 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.methods.base import PREFIX, Method
+from tunesmith.methods.base import PREFIX, Method, Subset
+from tunesmith.methods.full import Full
 from tunesmith.methods.lora import Lora, principal
 
 Way = Literal["linear", "ties", "dare_linear", "dare_ties"]
 WAYS: tuple[Way, ...] = ("linear", "ties", "dare_linear", "dare_ties")
 DENSITY = 0.5  # of the ways that thin a change out, where none is given
 DRAWN: tuple[Way, ...] = ("dare_linear", "dare_ties")
+ELECTED: tuple[Way, ...] = ("ties", "dare_ties")
 SAVED_SCALING = 2.0  # of a Lora whose alpha is left out, at every rank; a power of two, so dividing by it is exact
 LAYER_END = ".lora_A.weight"
 
@@ -75,10 +77,15 @@ class Combined:
 
 def trimmed(delta: Tensor, *, density: float) -> Tensor:
     """The largest numbers of `delta`, a share `density` of them and at least one; the others zero."""
+    return delta * largest(delta, density=density)
+
+
+def largest(delta: Tensor, *, density: float) -> Tensor:
+    """Which numbers `trimmed` keeps, as bool in the shape of `delta`."""
     keep = max(1, round(density * delta.numel()))
-    kept = delta.abs().flatten().topk(keep).indices
+    kept = delta.abs().flatten().topk(keep, sorted=False).indices
     mask = torch.zeros(delta.numel(), dtype=torch.bool, device=delta.device).index_fill_(0, kept, True)
-    return delta * mask.view(delta.shape)
+    return mask.view(delta.shape)
 
 
 def dropped(delta: Tensor, *, density: float, generator: torch.Generator) -> Tensor:
@@ -109,8 +116,13 @@ def combined_delta(
     votes = [weight * delta for weight, delta in zip(weights, deltas, strict=True)]
     if how == "ties":
         votes = [trimmed(vote, density=density) for vote in votes]
-    stacked_KOI = torch.stack(votes)
-    return elected(stacked_KOI, weights=weights) if how in ("ties", "dare_ties") else stacked_KOI.sum(0)
+    return joined(votes, how=how, weights=weights)
+
+
+def joined(votes: Sequence[Tensor], *, how: Way, weights: Sequence[float]) -> Tensor:
+    """Weighted changes [O, I], thinned out already, as one: their sum, or the average of those that agree in sign."""
+    votes_KOI = torch.stack(list(votes))
+    return elected(votes_KOI, weights=weights) if how in ELECTED else votes_KOI.sum(0)
 
 
 # --------------------------------------------------------------------------------------------------- of low ranks
@@ -142,12 +154,14 @@ def narrowed(update: Factors, *, rank: int) -> Factors:
 # ------------------------------------------------------------------------------------------------------ of adapters
 
 
-def check_combinable(method: Method, *, run: str) -> Lora:
-    """The method if its weight change is B A beside a base in full precision; RecipeError by name if not."""
+def check_combinable(method: Method, *, run: str) -> Lora | Full | Subset:
+    """The method if its result is a change of the weights of a base in full precision; RecipeError by name if not."""
+    if isinstance(method, Full | Subset):
+        return method
     if not isinstance(method, Lora):
         raise RecipeError(
-            f"{run} was tuned by method '{method.kind_name}', and only LoRA adapters are combined",
-            hint="combine runs of method: lora, or keep the adapters apart and switch between them: api.load_several",
+            f"{run} was tuned by method '{method.kind_name}', and only changes of the base's weights are combined",
+            hint="combine runs of method: lora, full, layers or bitfit, or switch between adapters: api.load_several",
         )
     if method.stored_in is not None:
         raise RecipeError(
@@ -174,12 +188,17 @@ def updates_of(tensors: Mapping[str, Tensor], *, method: Lora, run: str) -> dict
         if b_OR is None or a_RI.ndim != 2 or b_OR.ndim != 2 or b_OR.shape[1] != len(a_RI):
             raise ModelError(f"the adapter of {run} has no whole update of {layer}", hint="restore its files")
         if not (a_RI.isfinite().all() and b_OR.isfinite().all()):
-            raise ModelError(f"the adapter of {run} holds numbers in {layer} that are not finite", hint="tune it again")
+            raise not_finite(run, layer)
         wide = torch.promote_types(a_RI.dtype, torch.float32)
         found[layer] = Factors(a_RI.to(wide), saved.scaling(len(a_RI)) * b_OR.to(wide))
     if not found or len(tensors) != 2 * len(found):
         raise ModelError(f"the adapter of {run} holds other than plain LoRA's tensors", hint="restore its files")
     return found
+
+
+def not_finite(run: str, name: str) -> ModelError:
+    """For a change that holds infinities or no numbers."""
+    return ModelError(f"the change of {run} holds numbers in {name} that are not finite", hint="tune it again")
 
 
 def combine_adapters(

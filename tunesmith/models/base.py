@@ -47,6 +47,11 @@ class NewBase(BaseModel):
 
 def resolve_base(name: str) -> Path:
     """The local folder of a base: `starter`, a folder, or a hub name (downloaded into the hub's own cache)."""
+    return _local_folder(name) or _download(name)
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder that a base's name means; None for a hub name. NotFoundError where it can be neither."""
     if name == "starter":
         return STARTER
     path = Path(os.path.expanduser(name))
@@ -56,7 +61,7 @@ def resolve_base(name: str) -> Path:
         raise ModelError("a base must be a folder or a hub name, and this is a file", file=path, hint="name its folder")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise NotFoundError(f"no base model at '{name}'", hint="use 'starter', a folder, or a hub name owner/model")
-    return _download(name)
+    return None
 
 
 def _download(name: str) -> Path:
@@ -135,6 +140,20 @@ def config_path(base: "str | NewBase") -> Path:
 def model_type_of(base: "str | NewBase") -> str:
     """The model type that a base's configuration names."""
     return str(read_config(config_path(base))["model_type"])
+
+
+def known_model_type(name: str) -> str | None:
+    """As `model_type_of`, without a download; None for a hub name that is not in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if (folder := _local_folder(name)) is not None:
+        return str(read_config(folder / "config.json")["model_type"])
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError as error:
+        raise NotFoundError(f"'{name}' is no valid hub name: {error}", hint="use owner/model") from error
+    return str(read_config(Path(cached))["model_type"]) if isinstance(cached, str) else None
 
 
 def context_tokens(folder: Path) -> int:

@@ -118,6 +118,10 @@ class Objective(BaseModel, ABC):
     def sequences(self, examples: list[Example], *, template: ChatTemplate, max_tokens: int) -> list[list[Sequence]]:
         """For each example, what is read and trained. Raises TemplateError or DataError naming the row."""
 
+    def read_texts(self, examples: list[Example], *, template: ChatTemplate) -> list[Sequence]:
+        """What is read of plain texts, for the token contract; nothing where conversations alone are read."""
+        return []
+
     @property
     def teacher_base(self) -> str | None:
         """The model whose distributions are learned, None where there is none."""

@@ -48,18 +48,17 @@ class Causal(Objective):
                     if example.label is not None
                     else "use objective: instruction, or map a column to text with data.mapping: {text: COLUMN}",
                 )
-        tokenizer = template.tokenizer
-        result = []
-        for ids in tokenizer.encode_text([example.text or "" for example in examples]):
-            tokens_T = np.array([*tokenizer.begin_ids, *ids, tokenizer.eos_id], dtype=np.int32)
-            windows = []
-            for start in range(0, max(1, len(tokens_T) - 1), max_tokens - 1):
-                window_T = tokens_T[start : start + max_tokens]
-                weight_T = np.ones(len(window_T), dtype=np.float32)
-                weight_T[0] = 0
-                windows.append(Sequence(window_T, weight_T))
-            result.append(windows)
-        return result
+        return [
+            [
+                _window(tokens_T[start : start + max_tokens])
+                for start in range(0, max(1, len(tokens_T) - 1), max_tokens - 1)
+            ]
+            for tokens_T in _tokens(examples, template=template)
+        ]
+
+    def read_texts(self, examples: list[Example], *, template: ChatTemplate) -> list[Sequence]:
+        """Each text in one window."""
+        return [_window(tokens_T) for tokens_T in _tokens(examples, template=template)]
 
     def units(self, sequences: list[Sequence]) -> list[list[Sequence]]:
         """Each window is a row of its own, so a long text does not fill a whole step."""
@@ -68,3 +67,17 @@ class Causal(Objective):
     def loss(self, readout: Readout, pack: Pack) -> Loss:
         """Negative log-likelihood."""
         return cross_entropy(readout, pack, count=self.count(pack))
+
+
+def _tokens(examples: list[Example], *, template: ChatTemplate) -> list[np.ndarray]:
+    """Ids [T] of each text between begin and end."""
+    tokenizer = template.tokenizer
+    texts = tokenizer.encode_text([example.text or "" for example in examples])
+    return [np.array([*tokenizer.begin_ids, *ids, tokenizer.eos_id], dtype=np.int32) for ids in texts]
+
+
+def _window(tokens_T: np.ndarray) -> Sequence:
+    """All tokens but the first are predicted."""
+    weight_T = np.ones(len(tokens_T), dtype=np.float32)
+    weight_T[0] = 0
+    return Sequence(tokens_T, weight_T)

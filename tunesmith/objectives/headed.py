@@ -64,6 +64,10 @@ class Headed(Objective):
         found = inputs(examples, template=template)
         return [Sequence(tokens_T, self._marks(len(tokens_T)), values=np.zeros(0, np.float32)) for tokens_T in found]
 
+    def read_texts(self, examples: list[Example], *, template: ChatTemplate) -> list[Sequence]:
+        """As `read`."""
+        return self.read(examples, template=template)
+
     def _marks(self, num_tokens: int) -> np.ndarray:
         assert self.pooling is not None, "for_model fills it in"
         weight_T = np.full(num_tokens, float(self.pooling == "mean"), dtype=np.float32)
