@@ -237,10 +237,9 @@ def test_biases_of_new_tokens_are_not_left_behind(
     model.causal.lm_head = torch.nn.Linear(32, 264)
     extend_tables(model, first=262, num_new=2)
     method.apply(model, seed=0)
+    template = ChatTemplate(toy_tokenizer)
     with pytest.raises(RecipeError, match="biases") as error:
-        export_peft(
-            model, method=method, template=ChatTemplate(toy_tokenizer), contract={"probes": []}, out=tmp_path / "out"
-        )
+        export_peft(model, method=method, template=template, contract={"probes": []}, head={}, out=tmp_path / "out")
     assert "merged" in error.value.hint
     method.save(model, folder=tmp_path)
     assert load_file(str(tmp_path / "adapter_model.safetensors"))[

@@ -66,7 +66,7 @@ from tunesmith.train.loop import Fit, Observer
 from tunesmith.train.observers import Silent
 from tunesmith.train.readings import finish_head
 from tunesmith.train.trackers import recording
-from tunesmith.tuned import Tuned, load
+from tunesmith.tuned import Tuned, calibration_of, load
 from tunesmith.vocabulary import grow_tokenizer, record_tokenizer
 
 
@@ -154,7 +154,7 @@ def _make_trainable(model: Model, recipe: Recipe) -> None:
 
 
 def _save_model(model: Model, recipe: Recipe, *, prepared: Prepared, folder: Path) -> None:
-    """What was tuned, with its tokenizer, and its head where it has one."""
+    """What was tuned, with its tokenizer, its head where it has one, and what its answers mean."""
     with new_folder(folder) as new:
         recipe.method.save(model, folder=new)
         if not recipe.method.saves_model:
@@ -332,7 +332,7 @@ def export(
         )
     tuned = load(run, workspace=workspace, device="cpu")
     contract = json.loads((tuned.run.path / CONTRACT).read_text("utf-8"))
-    if isinstance(objective, Headed):
+    if isinstance(objective, Headed) and objective.num_outputs:
         check_exportable(objective, encoder=tuned.model.is_encoder)
         export_head(
             tuned.model,
@@ -344,7 +344,9 @@ def export(
             out=out,
         )
         return out
-    writers[form](tuned.model, method=tuned.method, template=tuned.template, contract=contract, out=out)
+    writers[form](
+        tuned.model, method=tuned.method, template=tuned.template, contract=contract, head=tuned.head, out=out
+    )
     if form == "merged" and (bits := method.stored_in) is not None:
         nats = requantised_cost(tuned.model, kind=bits, contract=contract)
         on_message(
@@ -365,7 +367,8 @@ class TunedSeveral:
     def using(self, name: str) -> Iterator[Tuned]:
         """Inside the block, the adapter `name` as `load` gives it. NotFoundError for an unknown name."""
         with self.several.using(name) as model:
-            yield Tuned(self.runs[name], model, self.templates[name], self.several.adapters[name].method)
+            run = self.runs[name]
+            yield Tuned(run, model, self.templates[name], self.several.adapters[name].method, head=calibration_of(run))
 
     def generate(self, prompt: Any, *, adapter: str, sampling: Sampling | None = None) -> str:
         """The answer of one adapter to a prompt or to a conversation that ends with a user turn."""

@@ -33,6 +33,7 @@ from tunesmith.methods.combine import (
 )
 from tunesmith.methods.several import Several, check_switchable
 from tunesmith.models.load import Model, load_model
+from tunesmith.objectives.headed import Headed
 from tunesmith.registry.workspace import Workspace, check_recipe_name
 from tunesmith.runs import (
     Run,
@@ -147,6 +148,11 @@ def plan_combination(
     for run in runs:
         check_combinable(run.recipe.method, run=run.name)
         _check_plain(run)
+        if isinstance(run.recipe.objective, Headed):
+            raise RecipeError(
+                f"{run.name} was tuned for {run.recipe.objective.kind_name}, and its calibration fits its own weights alone",
+                hint="switch between the runs: api.load_several",
+            )
     _check_contracts(runs)
     if density is not None and how == "linear":
         raise RecipeError("density has no effect on linear, which drops nothing", hint="leave it out, or --how ties")

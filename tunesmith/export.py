@@ -12,6 +12,7 @@ from tunesmith.data.template import ChatTemplate
 from tunesmith.errors import RecipeError, StorageError
 from tunesmith.methods import Method
 from tunesmith.models.extended import SAVED_BIASES, extend_alike, fold_tables, new_rows
+from tunesmith.models.heads import DOCUMENT
 from tunesmith.models.load import Model, load_model
 from tunesmith.models.quantised import Quantisation, quantise
 from tunesmith.storage import new_folder
@@ -69,18 +70,22 @@ def compare_logits(expected: list[torch.Tensor], found: list[torch.Tensor], *, o
             )
 
 
-def export_merged(model: Model, *, method: Method, template: ChatTemplate, contract: dict[str, Any], out: Path) -> None:
-    """A plain transformers model: the adapter folded into the weights it was trained against."""
+def export_merged(
+    model: Model, *, method: Method, template: ChatTemplate, contract: dict[str, Any], head: dict[str, Any], out: Path
+) -> None:
+    """A plain transformers model: the adapter folded into the weights it was trained against; `head` as _write_extras."""
     expected = _logits(model, contract)
     method.merge(model)
     fold_tables(model)
     with new_folder(out) as new:
         model.save(new)
-        _write_extras(new, template=template, contract=contract)
+        _write_extras(new, template=template, contract=contract, head=head)
         compare_logits(expected, _logits(load_model(str(new)), contract), out=out)
 
 
-def export_peft(model: Model, *, method: Method, template: ChatTemplate, contract: dict[str, Any], out: Path) -> None:
+def export_peft(
+    model: Model, *, method: Method, template: ChatTemplate, contract: dict[str, Any], head: dict[str, Any], out: Path
+) -> None:
     """The adapter in PEFT's format, with the tokenizer and chat template it was trained with."""
     if any(name.endswith(SAVED_BIASES) for name in new_rows(model)):
         raise RecipeError("the head has biases, and PEFT keeps none of new tokens", hint="use --format merged")
@@ -88,17 +93,19 @@ def export_peft(model: Model, *, method: Method, template: ChatTemplate, contrac
     with new_folder(out) as new:
         method.save(model, folder=new)
         model.save_tokenizer(new)
-        _write_extras(new, template=template, contract=contract)
+        _write_extras(new, template=template, contract=contract, head=head)
         again = load_model(model.name)
         extend_alike(again, like=model)
         copy.deepcopy(method).load(again, folder=new)
         compare_logits(expected, _logits(again, contract), out=out)
 
 
-def _write_extras(folder: Path, *, template: ChatTemplate, contract: dict[str, Any]) -> None:
-    """The token contract, and the stop tokens as generation_config.json has them."""
+def _write_extras(folder: Path, *, template: ChatTemplate, contract: dict[str, Any], head: dict[str, Any]) -> None:
+    """The token contract, the stop tokens as generation_config.json has them, and in `head` what classes' names mean."""
     (folder / CONTRACT).write_text(json.dumps(contract, indent=1, ensure_ascii=False), "utf-8")
     path = folder / "generation_config.json"
     config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     config["eos_token_id"] = template.stop_ids()
+    if head:
+        (folder / DOCUMENT).write_text(json.dumps(head, indent=1, ensure_ascii=False), "utf-8")
     path.write_text(json.dumps(config, indent=1), "utf-8")
