@@ -27,7 +27,7 @@ from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.methods import METHODS
 from tunesmith.models.base import NewBase
-from tunesmith.objectives import OBJECTIVES
+from tunesmith.objectives import OBJECTIVES, Objective
 from tunesmith.recipe import Recipe
 from tunesmith.train.settings import TrainSettings
 
@@ -94,7 +94,8 @@ def render() -> str:
 
 def _section(title: str, model: type[BaseModel], *, about: str = "", level: int = 2) -> str:
     about = about or inspect.cleandoc(model.__doc__ or "")
-    rows = [_row(name, field) for name, field in model.model_fields.items() if name != "kind"]
+    idle = model.idle if issubclass(model, Objective) else ()
+    rows = [_row(name, field) for name, field in model.model_fields.items() if name not in ("kind", *idle)]
     body = _table(("name", "type", "default", "what it does"), rows) if rows else "It has no settings.\n"
     return f"{'#' * level} {title}\n\n{about}\n\n{body}"
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,18 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
 from tunesmith import api
+from tunesmith.chat import answer
+from tunesmith.checks import check_data
 from tunesmith.data.answers import NO_ANSWER, Classes, Numbers
 from tunesmith.data.pack import build_pack
 from tunesmith.data.types import Example, Message, Origin, Sequence
 from tunesmith.errors import DataError, RecipeError, TemplateError
+from tunesmith.evaluate.heads import named_classes
+from tunesmith.evaluate.run import System
 from tunesmith.evaluate.settings import EvaluateSettings
+from tunesmith.generate.sampling import Sampling
 from tunesmith.models.load import Model
+from tunesmith.objectives.label_words import LabelWords
 from tunesmith.recipe import load_recipe, parse_recipe
 from tunesmith.registry.workspace import Workspace
 
@@ -74,7 +81,7 @@ def test_a_text_is_served_as_the_texts_that_were_trained(tune: Tune) -> None:
     assert np.array_equal(probabilities(tuned.predict(["5 looks red"])), probabilities(trained))
 
 
-@pytest.mark.parametrize("objective", ["classification", "regression"])
+@pytest.mark.parametrize("objective", ["classification", "label_words", "regression"])
 def test_what_frozen_blocks_gave_serves_a_head_as_well(tune: Tune, tmp_path: Path, objective: str) -> None:
     rows = [{"text": row["text"], "label": i % 5} for i, row in enumerate(TEXTS)]
     how = {"objective": objective, "method": {"kind": "layers", "last": 1}}
@@ -96,7 +103,7 @@ def test_an_encoder_reads_prompts_between_its_marks(tune: Tune, base: str) -> No
     turns = (Message("user", "5 looks red"), Message("assistant", "red"))
     asked = Example(Origin("a", 1), "prompt_completion", turns)
     objective = run.recipe.objective
-    (read,) = objective.read([asked], template=tuned.template)  # type: ignore[attr-defined]
+    ((read,),) = objective.read([asked], template=tuned.template)  # type: ignore[attr-defined]
     tokenizer = tuned.template.tokenizer
     assert read.tokens_T.tolist() == tokenizer.backend.encode("5 looks red", add_special_tokens=True).ids
     assert np.array_equal(probabilities(tuned.predict(["5 looks red"])), probabilities(tuned.predict_examples([asked])))
@@ -114,7 +121,7 @@ def test_rows_that_the_base_cannot_be_asked_are_left_out_for_all_and_counted(tun
     assert document["rows"] + document["left_out_rows"] == whole["rows"]
 
 
-@pytest.mark.parametrize("objective", ["classification", "contrastive"])
+@pytest.mark.parametrize("objective", ["classification", "contrastive", "label_words"])
 def test_the_rows_of_a_head_are_prepared_once(tune: Tune, objective: str) -> None:
     """What the objective took from the rows is part of the run's recipe, and the same rows are found with it."""
     run = tune(TEXTS, objective={"kind": objective, "class_weights": "balanced"})
@@ -198,6 +205,141 @@ def test_only_a_run_with_a_head_predicts(tune: Tune) -> None:
     with pytest.raises(RecipeError, match="'accuracy' reads a head") as error:
         evaluate(run, settings=settings)
     assert error.value.hint
+
+
+# ------------------------------------------------------------------------------------------------- classes in words
+
+
+WORDED = {"objective": "label_words"}
+ASKED = [{"prompt": row["text"], "completion": row["label"]} for row in TEXTS]
+
+
+def examples(rows: list[dict[str, str]]) -> list[Example]:
+    return [Example(Origin("a", i), "labelled", text=row["text"], label=row["label"]) for i, row in enumerate(rows)]
+
+
+def test_what_is_trained_in_words_is_what_a_base_is_scored_by(tune: Tune) -> None:
+    """Uncalibrated, the tuned model says of rows what the evaluation would read off it as a base."""
+    run = tune(TEXTS, **WORDED, data={"validation": None})
+    tuned = api.load(run)
+    assert tuned.head["calibration"] == {}
+    rows, objective = examples(TEXTS[:7]), run.recipe.objective
+    assert isinstance(objective, LabelWords)
+    scored = named_classes(System("tuned", tuned.model), rows, objective=objective, template=tuned.template)
+    assert probabilities(tuned.predict_examples(rows)) == pytest.approx(scored.probability_BK, abs=1e-6)
+    assert not (run.path / "model" / "head.safetensors").exists()
+
+
+@pytest.mark.parametrize("rows", [TEXTS, ASKED], ids=["texts", "conversations"])
+def test_a_run_in_words_predicts_and_still_writes(tune: Tune, tmp_path: Path, rows: Any) -> None:
+    conversations = rows is ASKED
+    run = tune(rows, **WORDED, train=TUNED | {"max_steps": 30}, data={"system": "Colour?"} if conversations else {})
+    tuned = api.load(run)
+    said = tuned.predict([row["text"] for row in TEXTS])
+    assert np.mean([text == row["label"] for text, row in zip(said.texts(), TEXTS, strict=True)]) > 0.8
+    assert run.resolved["recipe"]["objective"]["labels"] == ["green", "red"]
+    assert tuned.head["conversations"] is conversations
+    question = [Message("system", "Colour?")] * conversations + [Message("user", "5 looks red")]
+    asked = Example(Origin("a", 1), "chat", (*question, Message("assistant", "")))
+    assert np.array_equal(probabilities(tuned.predict(["5 looks red"])), probabilities(tuned.predict_examples([asked])))
+    prompt = torch.tensor(tuned.template.prompt(question).ids)
+    with torch.no_grad():  # the likeliest token of all, not of the names alone: that is not what is trained
+        hidden_TD = tuned.model.hidden(
+            tuned.model.attention(build_pack([Sequence(prompt.numpy(), np.zeros(len(prompt)))]))
+        )
+        first = int((hidden_TD[-1] @ tuned.model.head.weight.T).argmax())
+    written = tuned.generate("5 looks red", sampling=Sampling(max_tokens=1))
+    assert written == tuned.template.tokenizer.decode([first])
+    shown = answer(
+        run.name, prompt="5 looks red", system=None, sampling={}, base=False, workspace=Workspace(tmp_path / "w")
+    )
+    assert shown["answer"] == tuned.predict(["5 looks red"]).texts()[0]
+    assert shown["prediction"]["probabilities"].keys() == set(COLOURS)
+    document = evaluate(run)
+    assert document["systems"] == ["base", "few_shot", "tuned", "majority"]
+    accuracy = document["metrics"]["accuracy"]["systems"]
+    assert accuracy["tuned"]["value"] > accuracy["majority"]["value"]
+
+
+def test_the_words_of_a_run_are_calibrated(tune: Tune) -> None:
+    run = tune(TEXTS, objective={"kind": "label_words", "right_share": 0.6})
+    tuned = api.load(run)
+    assert tuned.head["calibration"].keys() == {"temperature", "threshold"}
+    validation = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert any("validation_accuracy" in line for line in validation)
+    rows = [row["text"] for row in TEXTS]
+    temperature, z_BK = tuned.head["calibration"]["temperature"], np.log(probabilities(tuned.predict(rows)))
+    assert temperature != 1
+    flat = replace(tuned, head=tuned.head | {"calibration": {"temperature": 2 * temperature, "threshold": 0.0}})
+    halved = np.exp(z_BK / 2) / np.exp(z_BK / 2).sum(1, keepdims=True)
+    assert probabilities(flat.predict(rows)) == pytest.approx(halved, abs=1e-9)
+    none = replace(tuned, head=tuned.head | {"calibration": {"temperature": 1.0, "threshold": 1.1}})
+    assert set(none.predict(rows).texts()) == {NO_ANSWER}
+
+
+@pytest.mark.parametrize("max_tokens", [1, 4096])
+def test_a_row_whose_names_do_not_fit_a_micro_batch_trains_alike(tune: Tune, tmp_path: Path, max_tokens: int) -> None:
+    run = tune(TEXTS, **WORDED, train=TUNED | {"micro_batch_tokens": max_tokens, "max_steps": 3})
+    recipe = load_recipe(tmp_path / "toy.yaml", overrides=["train.micro_batch_tokens=100"])
+    other = api.tune(recipe, workspace=Workspace(tmp_path / "w"))
+    assert run.summary["train_loss"] == pytest.approx(other.summary["train_loss"], rel=1e-5)
+    assert run.summary["validation_loss"] == pytest.approx(other.summary["validation_loss"], rel=1e-5)
+
+
+def test_what_is_longer_than_the_context_is_cut_before_the_names(tune: Tune) -> None:
+    tuned = api.load(tune(TEXTS, **WORDED, base="gpt2"))
+    (chance,) = probabilities(tuned.predict(["5 looks red " * 30]))
+    assert chance.sum() == pytest.approx(1)
+
+
+def test_the_check_of_a_file_counts_names(tune: Tune, tmp_path: Path) -> None:
+    template = api.load(tune(TEXTS, **WORDED)).template
+    report = check_data(str(tmp_path / "rows.jsonl"), recipe=tmp_path / "toy.yaml")
+    prompts = [len(template.prompt([Message("user", row["text"])]).ids) for row in TEXTS]
+    name = len(template.tokenizer.encode_text(["green"])[0]) + 1
+    assert report.tokens["longest"] == max(prompts) + name
+    assert (report.tokens["total"], report.tokens["targets"]) == (sum(prompts) + 30 * name, 30 * name)
+    assert report.num_errors == 0
+    tight = json.loads((tmp_path / "toy.yaml").read_text("utf-8"))
+    tight["data"]["max_tokens"] = max(prompts) + name - 1
+    (tmp_path / "toy.yaml").write_text(json.dumps(tight), "utf-8")
+    assert check_data(str(tmp_path / "rows.jsonl"), recipe=tmp_path / "toy.yaml").num_errors > 0
+    with pytest.raises(DataError, match="tokens and"):
+        api.tune(tmp_path / "toy.yaml", workspace=Workspace(tmp_path / "w"))
+
+
+@pytest.mark.parametrize("form", ["merged", "peft"])
+def test_words_go_along_as_a_plain_model_with_their_calibration(tune: Tune, tmp_path: Path, form: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run = tune(TEXTS, **WORDED)
+    tuned = api.load(run)
+    out = api.export(run, form=form, out=tmp_path / "out", workspace=Workspace(tmp_path / "w"))
+    document = json.loads((out / "head.json").read_text("utf-8"))
+    model: Any = AutoModelForCausalLM.from_pretrained(out if form == "merged" else tmp_path / "base")
+    model = (model if form == "merged" else PeftModel.from_pretrained(model, out)).eval()
+    prompt, z_K = tuned.template.prompt([Message("user", "5 looks red")]).ids, []
+    for label in document["objective"]["labels"]:
+        name = [*tuned.template.tokenizer.encode_text([label])[0], tuned.template.tokenizer.eos_id]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + name])).logits[0].log_softmax(-1)
+        z_K.append(sum(float(logits[len(prompt) + i - 1, t]) for i, t in enumerate(name)))
+    chance = torch.tensor(z_K).div(document["calibration"]["temperature"]).softmax(-1).numpy()
+    assert chance == pytest.approx(probabilities(tuned.predict(["5 looks red"]))[0], abs=1e-4)
+
+
+def test_words_are_one_of_several_adapters_but_are_not_combined(tune: Tune) -> None:
+    run = tune(TEXTS, **WORDED)
+    workspace = Workspace(run.path.parents[1])
+    second = api.tune(run.path / "recipe.yaml", workspace=workspace)
+    several = api.load_several({"a": run, "b": second}, workspace=workspace)
+    expected = probabilities(api.load(run).predict(["5 looks red"]))
+    with several.using("a") as tuned:
+        assert np.array_equal(probabilities(tuned.predict(["5 looks red"])), expected)
+    with pytest.raises(RecipeError, match="label_words, and its calibration") as error:
+        api.combine([run, second], how="linear", workspace=workspace)
+    assert "load_several" in error.value.hint
 
 
 # ---------------------------------------------------------------------------------------------------------- taking away

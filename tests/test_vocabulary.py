@@ -238,13 +238,15 @@ def test_biases_of_new_tokens_are_not_left_behind(
     model.causal.lm_head = torch.nn.Linear(32, 264)
     extend_tables(model, first=262, num_new=2)
     method.apply(model, seed=0)
+    template = ChatTemplate(toy_tokenizer)
     with pytest.raises(RecipeError, match="biases") as error:
         export_peft(
             model,
             method=method,
-            template=ChatTemplate(toy_tokenizer),
+            template=template,
             contract={"probes": []},
             objective=Causal(),
+            head={},
             out=tmp_path / "out",
         )
     assert "merged" in error.value.hint

@@ -67,7 +67,7 @@ from tunesmith.train.observers import Silent
 from tunesmith.train.parallel import Processes, launched
 from tunesmith.train.readings import finish_head
 from tunesmith.train.trackers import recording
-from tunesmith.tuned import Tuned, load
+from tunesmith.tuned import Tuned, calibration_of, load
 from tunesmith.vocabulary import Growth, grow_tokenizer, record_tokenizer
 
 
@@ -178,7 +178,7 @@ def _make_trainable(model: Model, recipe: Recipe, *, growth: Growth | None) -> N
 
 
 def _save_model(model: Model, recipe: Recipe, *, prepared: Prepared, folder: Path) -> None:
-    """What was tuned, with its tokenizer, and its head where it has one."""
+    """What was tuned, with its tokenizer, its head where it has one, and what its answers mean."""
     with new_folder(folder) as new:
         recipe.method.save(model, folder=new)
         if not recipe.method.saves_model:
@@ -369,7 +369,7 @@ def export(
         )
     tuned = load(run, workspace=workspace, device="cpu")
     contract = json.loads((tuned.run.path / CONTRACT).read_text("utf-8"))
-    if isinstance(objective, Headed):
+    if isinstance(objective, Headed) and objective.num_outputs:
         write_head = export_peft_head if form == "peft" else export_head
         write_head(
             tuned.model,
@@ -387,6 +387,7 @@ def export(
         objective=objective,
         template=tuned.template,
         contract=contract,
+        head=tuned.head,
         out=out,
     )
     if form == "merged" and (bits := method.stored_in) is not None:
@@ -409,7 +410,8 @@ class TunedSeveral:
     def using(self, name: str) -> Iterator[Tuned]:
         """Inside the block, the adapter `name` as `load` gives it. NotFoundError for an unknown name."""
         with self.several.using(name) as model:
-            yield Tuned(self.runs[name], model, self.templates[name], self.several.adapters[name].method)
+            run = self.runs[name]
+            yield Tuned(run, model, self.templates[name], self.several.adapters[name].method, head=calibration_of(run))
 
     def generate(self, prompt: Any, *, adapter: str, sampling: Sampling | None = None) -> str:
         """The answer of one adapter to a prompt or to a conversation that ends with a user turn."""

@@ -10,6 +10,7 @@ from tunesmith.api import Tuned, load
 from tunesmith.data.types import Message
 from tunesmith.errors import RecipeError, TunesmithError
 from tunesmith.generate.sampling import Sampling
+from tunesmith.objectives.headed import Headed
 from tunesmith.registry.workspace import Workspace
 
 
@@ -29,7 +30,7 @@ def _start(tuned: Tuned, system: str | None) -> list[Message]:
 def answer(
     run: str, *, prompt: str, system: str | None, sampling: dict[str, Any], base: bool, workspace: Workspace
 ) -> dict[str, Any]:
-    """One answer to one prompt, by the tuned model or by its base; of a run with a head, what that says of a text."""
+    """One answer to one prompt, by the tuned model or by its base; of a run for classes, numbers or tags, those."""
     drawn = _sampling(sampling)
     if not prompt.strip():
         raise RecipeError("the prompt is empty", hint="tunesmith generate RUN 'your prompt'")
@@ -39,7 +40,7 @@ def answer(
             "the run has tokens that its base does not know, so the base cannot answer in its place",
             hint="leave --base out; tunesmith evaluate compares them",
         )
-    if tuned.run.recipe.objective.num_outputs:
+    if isinstance(tuned.run.recipe.objective, Headed):
         return _read(tuned, prompt, idle={"--system": system is not None, "--base": base})
     with tuned.method.disabled(tuned.model) if base else contextlib.nullcontext():
         text = tuned.generate([*_start(tuned, system), Message("user", prompt)], sampling=drawn)
@@ -47,7 +48,7 @@ def answer(
 
 
 def _read(tuned: Tuned, text: str, *, idle: dict[str, bool]) -> dict[str, Any]:
-    """What the head of a run says of a text."""
+    """What a run for classes, numbers or tags says of a text."""
     for option, given in idle.items():
         if given:
             raise RecipeError(

@@ -1,13 +1,19 @@
 """`data check`: a file looked at with a base's tokenizer, template and context length."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tunesmith.data.check import CheckReport, check_file
+from tunesmith.data.check import CheckReport, CountTokens, check_file
+from tunesmith.data.prepare import usable
 from tunesmith.data.settings import DataSettings
+from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.types import Example
 from tunesmith.errors import NotFoundError
 from tunesmith.models.base import context_tokens, read_config, resolve_base, template_for
+
+if TYPE_CHECKING:
+    from tunesmith.recipe import Recipe
 
 
 def read_template(path: Path) -> str:
@@ -26,16 +32,19 @@ def check_data(
     """What is in `file`, what is wrong with it, what would be trained. Torch is not needed."""
     settings: DataSettings | None = None
     taken = 0  # tokens of the context that the method takes for itself
+    labels: tuple[str, ...] | None = None  # whose names are answers to choose from
     if recipe is not None:
         from tunesmith.recipe import load_recipe
 
         loaded = load_recipe(recipe)
         settings, taken = loaded.data, loaded.method.num_virtual_tokens
         base = loaded.base if isinstance(loaded.base, str) else base
+        labels = _labels_in_words(loaded)
     folder = resolve_base(base)
     source = read_template(Path(settings.template)) if settings and settings.template else None
     config = read_config(folder / "config.json")
     template = template_for(Tokenizer.from_folder(folder), config=config, source=source)
+    count_words = None if labels is None else _counting_words(labels, template=template)
     limit = (settings.max_tokens if settings else None) or context_tokens(folder) - taken
 
     def count(examples: list[Example]) -> list[tuple[int, int]]:
@@ -53,4 +62,26 @@ def check_data(
                 counts.append((max(s.num_context_tokens for s in sequences), sum(s.num_targets for s in sequences)))
         return counts
 
-    return check_file(file, against=against, settings=settings, count_tokens=count, max_tokens=limit)
+    return check_file(file, against=against, settings=settings, count_tokens=count_words or count, max_tokens=limit)
+
+
+def _labels_in_words(recipe: "Recipe") -> tuple[str, ...] | None:
+    """The classes of the recipe's rows where their names are what is trained."""
+    from tunesmith.objectives.label_words import LabelWords
+
+    if not isinstance(recipe.objective, LabelWords):
+        return None
+    return recipe.objective.fitted(usable(recipe.data)).labels
+
+
+def _counting_words(labels: tuple[str, ...], *, template: ChatTemplate) -> CountTokens:
+    """Counts the prompt with the longest name behind it, and the tokens of that."""
+    from tunesmith.objectives.label_words import in_words, names_of, prompt_of
+
+    longest = max(map(len, names_of(labels, template=template)))
+
+    def count(examples: list[Example]) -> list[tuple[int, int]]:
+        prompts = [prompt_of(in_words(e), template=template) for e in examples]
+        return [(len(prompt) + longest, longest) for prompt in prompts]
+
+    return count

@@ -11,6 +11,7 @@ from tunesmith.data.contract import FILE as CONTRACT
 from tunesmith.errors import RecipeError
 from tunesmith.methods.combine import DENSITY, DRAWN, WAYS, Way, check_combinable
 from tunesmith.methods.lora import Lora
+from tunesmith.objectives.headed import Headed
 from tunesmith.runs import Run, check_finished
 from tunesmith.storage import read_json
 
@@ -101,6 +102,11 @@ def plan_combination(
     for run in runs:
         check_combinable(run.recipe.method, run=run.name)
         check_plain(run)
+        if isinstance(run.recipe.objective, Headed):
+            raise RecipeError(
+                f"{run.name} was tuned for {run.recipe.objective.kind_name}, and its calibration fits its own weights alone",
+                hint="switch between the runs: api.load_several",
+            )
     _check_contracts(runs)
     if density is not None and how == "linear":
         raise RecipeError("density has no effect on linear, which drops nothing", hint="leave it out, or --how ties")

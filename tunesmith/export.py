@@ -15,6 +15,7 @@ from tunesmith.errors import RecipeError, StorageError
 from tunesmith.methods import Method
 from tunesmith.models.base import template_for
 from tunesmith.models.extended import SAVED_BIASES, extend_alike, fold_tables, new_rows
+from tunesmith.models.heads import DOCUMENT
 from tunesmith.models.load import Model, load_model
 from tunesmith.models.quantised import Quantisation, quantise
 from tunesmith.objectives.base import Objective
@@ -69,21 +70,34 @@ def compare_logits(expected: list[torch.Tensor], found: list[torch.Tensor], *, o
 
 
 def export_merged(
-    model: Model, *, method: Method, objective: Objective, template: ChatTemplate, contract: dict[str, Any], out: Path
+    model: Model,
+    *,
+    method: Method,
+    objective: Objective,
+    template: ChatTemplate,
+    contract: dict[str, Any],
+    head: dict[str, Any],
+    out: Path,
 ) -> None:
-    """A plain transformers model: the adapter folded into the weights it was trained against."""
+    """A plain transformers model: the adapter folded into the weights it was trained against; `head` as _write_extras."""
     expected = _logits(model, contract)
     method.merge(model)
     fold_tables(model)
     with new_folder(out) as new:
         model.save(new)
-        _write_stops(new, template=template)
-        write_checked(new, model=model, objective=objective, template=template, contract=contract)
+        _write_extras(new, model=model, objective=objective, template=template, contract=contract, head=head)
         compare_logits(expected, _logits(load_model(str(new)), contract), out=out)
 
 
 def export_peft(
-    model: Model, *, method: Method, objective: Objective, template: ChatTemplate, contract: dict[str, Any], out: Path
+    model: Model,
+    *,
+    method: Method,
+    objective: Objective,
+    template: ChatTemplate,
+    contract: dict[str, Any],
+    head: dict[str, Any],
+    out: Path,
 ) -> None:
     """The adapter in PEFT's format, with the tokenizer and chat template it was trained with."""
     if any(name.endswith(SAVED_BIASES) for name in new_rows(model)):
@@ -92,12 +106,30 @@ def export_peft(
     with new_folder(out) as new:
         method.save(model, folder=new)
         model.save_tokenizer(new)
-        _write_stops(new, template=template)
-        write_checked(new, model=model, objective=objective, template=template, contract=contract)
+        _write_extras(new, model=model, objective=objective, template=template, contract=contract, head=head)
         again = load_model(model.name)
         extend_alike(again, like=model)
         copy.deepcopy(method).load(again, folder=new)
         compare_logits(expected, _logits(again, contract), out=out)
+
+
+def _write_extras(
+    folder: Path,
+    *,
+    model: Model,
+    objective: Objective,
+    template: ChatTemplate,
+    contract: dict[str, Any],
+    head: dict[str, Any],
+) -> None:
+    """The stop tokens as generation_config.json has them, the token contract, and in `head` what classes' names mean."""
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    config["eos_token_id"] = template.stop_ids()
+    path.write_text(json.dumps(config, indent=1), "utf-8")
+    write_checked(folder, model=model, objective=objective, template=template, contract=contract)
+    if head:
+        (folder / DOCUMENT).write_text(json.dumps(head, indent=1, ensure_ascii=False), "utf-8")
 
 
 def write_checked(
@@ -108,11 +140,3 @@ def write_checked(
     written = template_for(Tokenizer.from_folder(folder), config=config, today=template.today)
     check_contract(contract, template=written, objective=objective, file=folder / CONTRACT)
     (folder / CONTRACT).write_text(json.dumps(contract, indent=1, ensure_ascii=False), "utf-8")
-
-
-def _write_stops(folder: Path, *, template: ChatTemplate) -> None:
-    """The stop tokens as generation_config.json has them."""
-    path = folder / "generation_config.json"
-    config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    config["eos_token_id"] = template.stop_ids()
-    path.write_text(json.dumps(config, indent=1), "utf-8")

@@ -128,7 +128,7 @@ class _Found:
         """What fits the rows."""
         of_kind = {
             "text": "causal",
-            "classes": "classification",
+            "classes": "classification   # a head; or label_words, where the name of the class is the answer",
             "numbers": "regression",
             "tags": "token_classification",
         }

@@ -4,15 +4,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from tunesmith.data.answers import Answer, Classes
+from tunesmith.data.answers import Answer
 from tunesmith.data.types import Example
 from tunesmith.errors import RecipeError
-from tunesmith.evaluate.heads import baseline, evaluate_heads, in_words, named_classes, systems_of, that_fit
+from tunesmith.evaluate.heads import baseline, evaluate_heads, named_classes, systems_of, that_fit
 from tunesmith.evaluate.result import Evaluation
 from tunesmith.evaluate.run import System, choose_shots, evaluate_systems
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.objectives.classification import Classification
 from tunesmith.objectives.headed import Headed
+from tunesmith.objectives.label_words import in_words
 from tunesmith.tuned import Tuned
 
 LONGEST_NAME_TOKENS = 64  # of a class, kept free behind few-shot prompts
@@ -63,11 +64,10 @@ def prove_head(
     data: str,
     on_progress: Callable[[str], None],
 ) -> Evaluation:
-    """What the head says, what the base says in words where it can, and constants."""
+    """What the tuned model says, what the base says in words where it can, and constants."""
     objective = tuned.run.recipe.objective
     assert isinstance(objective, Headed)
     against = systems_of(objective, settings=settings, speaks=not tuned.model.is_encoder)
-    worded = partial(in_words, system=tuned.run.recipe.data.system)
     systems: dict[str, Callable[[list[Example]], Answer]] = {"tuned": tuned.predict_examples}
     num_shots, fitting = 0, examples
     for name in against:
@@ -75,16 +75,17 @@ def prove_head(
             shots: tuple[Example, ...] = ()
             if name == "few_shot":
                 room = tuned.model.room_tokens - LONGEST_NAME_TOKENS
-                asked = [worded(e) for e in examples]
-                shots = _shots(tuned, map(worded, train()), settings=settings, examples=asked, room=room)
+                asked = [in_words(e) for e in examples]
+                shots = _shots(tuned, map(in_words, train()), settings=settings, examples=asked, room=room)
                 num_shots = len(shots)
                 if not shots:
                     continue
-            systems[name] = partial(_named, replace(base, shots=shots), tuned=tuned, worded=worded)
             assert isinstance(objective, Classification)
+            systems[name] = partial(
+                named_classes, replace(base, shots=shots), objective=objective, template=tuned.template
+            )
             fitting = that_fit(
                 fitting,
-                worded=worded,
                 shots=shots,
                 objective=objective,
                 template=tuned.template,
@@ -111,12 +112,6 @@ def _shots(
     return choose_shots(
         train, count=settings.few_shot, seed=settings.seed, template=tuned.template, examples=examples, room=room
     )
-
-
-def _named(system: System, rows: list[Example], *, tuned: Tuned, worded: Callable[[Example], Example]) -> Classes:
-    objective = tuned.run.recipe.objective
-    assert isinstance(objective, Classification)
-    return named_classes(system, [worded(row) for row in rows], objective=objective, template=tuned.template)
 
 
 def _constant(name: str, rows: list[Example], *, objective: Headed, train: Callable[[], Iterator[Example]]) -> Answer:

@@ -12,7 +12,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.generate.runner import Generator
 from tunesmith.generate.sampling import Sampling
 from tunesmith.methods import Method
-from tunesmith.models.heads import load_head
+from tunesmith.models.heads import load_head, read_head_document
 from tunesmith.models.load import Model, load_model
 from tunesmith.objectives.headed import Headed
 from tunesmith.registry.workspace import Workspace
@@ -36,10 +36,10 @@ class Tuned:
     model: Model
     template: ChatTemplate
     method: Method
-    head: dict[str, Any] = field(default_factory=dict)  # what its outputs mean, where it has a head
+    head: dict[str, Any] = field(default_factory=dict)  # what its outputs, or the classes' names, mean
 
     def predict(self, texts: "list[str]") -> Answer:
-        """What the run's head says of texts (their words are what spaces part). RecipeError where there is no head.
+        """What the run says of texts (their words are what spaces part). RecipeError where it only writes text.
 
         A run that was trained on conversations reads a text as the user's turn.
         """
@@ -122,6 +122,11 @@ def load(run: Run | Path | str, *, workspace: Workspace | None = None, device: s
         template_path = folder / "chat_template.jinja"
         if template_path.is_file():
             model.tokenizer.chat_template = template_path.read_text("utf-8")
-    head = load_head(model, folder=folder) if run.recipe.objective.num_outputs else {}
+    head = load_head(model, folder=folder) if run.recipe.objective.num_outputs else calibration_of(run)
     model.causal.eval()
     return Tuned(run, model, template_of_run(run, model=model), method, head)
+
+
+def calibration_of(run: Run) -> dict[str, Any]:
+    """What the words of a run without a head mean; nothing where they are no classes."""
+    return read_head_document(run.path / "model") if isinstance(run.recipe.objective, Headed) else {}

@@ -41,6 +41,7 @@ DIFFERENCE = {"value", "low", "high", "p", "test", "better_rows", "worse_rows", 
 DOCUMENT = {"run", "rows", "systems", "metrics", "verdict", "sentence"}
 SYSTEMS = {"classification": ["base", "few_shot", "tuned", "majority"], "regression": ["tuned", "median", "mean"]}
 SYSTEMS |= {"contrastive": SYSTEMS["classification"], "token_classification": ["tuned", "majority"]}
+SYSTEMS |= {"label_words": SYSTEMS["classification"]}
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "modernbert")
 ON_ENCODERS = [
     (architecture, method)
@@ -67,7 +68,7 @@ def project(build_model: Callable[..., Model], tmp_path_factory: pytest.TempPath
         for n, (c, o) in itertools.product(range(3), itertools.permutations(COLOURS, 2))
     ]
     rows_of = {"instruction": chats, "causal": texts, "classification": classes, "regression": numbers}
-    rows_of |= {"contrastive": classes, "token_classification": tagged, "distillation": chats}
+    rows_of |= {"contrastive": classes, "token_classification": tagged, "distillation": chats, "label_words": classes}
     for name, rows in rows_of.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return folder
@@ -113,12 +114,19 @@ def test_every_method_runs_with_every_objective(project: Path, method: str, obje
     evaluation = api.evaluate(run, workspace=workspace)
     values = evaluation.as_dict()["metrics"]["perplexity"]["systems"]
     assert values["tuned"]["value"] < values["base"]["value"]
+    check_exports(run, project=project, method=method)
+
+
+def check_exports(run: api.Run, *, project: Path, method: str) -> None:
+    """What writes text goes along in every form that its method has."""
+    workspace = Workspace(project / "w")
     for form, possible in (("peft", METHODS[method].peft_type is not None), ("merged", METHODS[method].merges)):
         out = project / f"{run.name}-{form}"
         said: list[str] = []
         if possible:
             path = api.export(run, form=form, out=out, workspace=workspace, on_message=said.append)
             assert (path / "tokenizer.json").is_file()
+            assert (path / "head.json").is_file() == isinstance(run.recipe.objective, Headed)
             assert len(said) == (form == "merged" and method == "qlora")
         else:
             with pytest.raises(RecipeError) as error:
@@ -160,9 +168,12 @@ def check_headed(run: api.Run, *, workspace: Workspace, objective: str, systems:
     rows = [json.loads(line) for line in (run.path / "examples.jsonl").read_text("utf-8").splitlines()]
     assert len(rows) == document["rows"] > 2
     assert all(row["outputs"].keys() == set(systems) and row["reference"] for row in rows)
-    with pytest.raises(RecipeError, match="writes no text") as error:
-        api.load(run).generate("1 red?")
-    assert error.value.hint
+    if run.recipe.objective.num_outputs:
+        with pytest.raises(RecipeError, match="writes no text") as error:
+            api.load(run).generate("1 red?")
+        assert error.value.hint
+    else:
+        assert isinstance(api.load(run).generate("1 red?", sampling=Sampling(max_tokens=4)), str)
 
 
 @pytest.mark.parametrize("objective", HEADED)
@@ -171,6 +182,8 @@ def test_every_method_runs_with_every_head(project: Path, method: str, objective
     workspace = Workspace(project / "w")
     run = api.tune(written(project, method=method, objective=objective), workspace=workspace)
     check_headed(run, workspace=workspace, objective=objective, systems=SYSTEMS[objective])
+    if not run.recipe.objective.num_outputs:
+        check_exports(run, project=project, method=method)
 
 
 @pytest.mark.parametrize(("architecture", "method"), ON_ENCODERS)
@@ -191,7 +204,7 @@ class Stopping(Silent):
 
 def bytes_of_model(run: api.Run) -> dict[str, str]:
     files = [p for p in sorted((run.path / "model").iterdir()) if p.suffix == ".safetensors" or p.name == "head.json"]
-    assert any(p.name == "head.safetensors" for p in files)
+    assert {p.name for p in files} > {"head.json"}
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
@@ -200,6 +213,8 @@ def bytes_of_model(run: api.Run) -> dict[str, str]:
     [
         *((method, "classification", "base") for method in METHODS),
         ("lora", "regression", "base"),
+        ("lora", "label_words", "base"),
+        ("full", "label_words", "base"),
         ("full", "classification", "bert"),
         ("lora", "regression", "modernbert"),
     ],
@@ -226,6 +241,7 @@ def test_a_run_with_a_head_resumes_to_the_same_bits(project: Path, method: str, 
         ("p_tuning", "regression", "virtual tokens"),
         ("lora", "instruction", "'instruction' predicts the next token"),
         ("full", "causal", "'causal' predicts the next token"),
+        ("lora", "label_words", "'label_words' predicts the next token"),
     ],
 )
 @pytest.mark.parametrize("architecture", ENCODERS)

@@ -28,6 +28,7 @@ from tunesmith.objectives.contrastive import Contrastive
 from tunesmith.objectives.distillation import Distillation
 from tunesmith.objectives.headed import Headed
 from tunesmith.objectives.instruction import Instruction
+from tunesmith.objectives.label_words import LabelWords
 from tunesmith.objectives.regression import Regression
 from tunesmith.objectives.seq2seq import Seq2seq
 from tunesmith.objectives.token_classification import TokenClassification
@@ -194,6 +195,7 @@ def headed(request: pytest.FixtureRequest) -> HeadedRow:
 def test_every_objective_is_in_the_table() -> None:
     objectives = [row.objective for row in (*ROWS.values(), *HEADED_ROWS.values())]
     elsewhere = {TokenClassification, Contrastive, Distillation}  # test_objectives_of_words_pairs_and_teachers.py
+    elsewhere |= {LabelWords}  # test_objectives_of_label_words.py
     assert {type(objective) for objective in objectives} | elsewhere == set(OBJECTIVES.values())
     assert all(OBJECTIVES[objective.kind_name] is type(objective) for objective in objectives)
     assert all(bool(row.objective.num_outputs) for row in HEADED_ROWS.values())

@@ -121,7 +121,7 @@ def test_every_word_is_read_at_a_token_of_its_own(template: ChatTemplate, words:
 def test_what_is_cut_off_takes_its_tags_with_it(template: ChatTemplate) -> None:
     example = tagged(("ab", "c", "d"), ("B-X", "O", "I-X"))
     ((sequence,),) = TAGGER.sequences([example], template=template, max_tokens=100)
-    short = TAGGER.cut(sequence, num_tokens=len(template.tokenizer.begin_ids) + 4)
+    (short,) = TAGGER.cut([sequence], num_tokens=len(template.tokenizer.begin_ids) + 4)
     assert short.values is not None
     assert short.values.tolist() == [0.0, 2.0]
     assert short.num_targets == 2

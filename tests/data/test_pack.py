@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.pack import MIN_SHARED_TOKENS, Pack, build_pack, build_packs, shared_length
+from tunesmith.data.pack import MIN_SHARED_TOKENS, Pack, build_pack, build_packs, build_unit_packs, shared_length
 from tunesmith.data.types import Sequence
 
 
@@ -170,6 +170,29 @@ def test_build_packs_keeps_within_its_bound(rows: list[Sequence], max_tokens: in
         assert len(pack.tokens_T) - num_root_tokens <= max_tokens
     assert sum(p.num_row_tokens for p in packs) == sum(len(r.tokens_T) for r in rows)
     assert sum(float(p.weight_N.sum()) for p in packs) == sum(float(r.weight_T.sum()) for r in rows)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(row_lists().filter(bool), max_size=4), st.integers(1, 40), st.sampled_from([1, 2, 4]), st.booleans())
+def test_units_stay_whole_and_packs_within_their_bound_but_for_a_unit_alone(
+    units: list[list[Sequence]], max_tokens: int, min_shared: int, merge_same: bool
+) -> None:
+    numbered = [[row(s.tokens_T.tolist(), number=n) for s in unit] for n, unit in enumerate(units)]
+    packs = list(build_unit_packs(numbered, max_tokens=max_tokens, min_shared=min_shared, merge_same=merge_same))
+    where = [(n, len(p.rows_S[p.rows_S == n])) for p in packs for n in set(p.rows_S.tolist())]
+    assert sorted(where) == [(n, len(unit)) for n, unit in enumerate(units)]
+    for pack in packs:
+        alone = len(set(pack.rows_S.tolist())) == 1
+        assert alone or pack.num_computed_tokens - pack.num_root_tokens <= max_tokens
+    assert sum(p.num_row_tokens for p in packs) == sum(len(s.tokens_T) for unit in units for s in unit)
+
+
+def test_units_with_a_prompt_of_their_own_fill_a_pack_by_what_is_computed() -> None:
+    """Each costs 41 tokens and 3 times one: six fit into 300, where whole sequences would be 126 each."""
+    units = [[row([*range(50 * k, 50 * k + 40), 7, last], number=k) for last in (1, 2, 3)] for k in range(12)]
+    packs = list(build_unit_packs(units, max_tokens=300))
+    assert [(len(set(p.rows_S.tolist())), len(p.tokens_T)) for p in packs] == [(6, 6 * 44), (6, 6 * 44)]
+    assert [p.num_row_tokens for p in packs] == [6 * 3 * 42] * 2
 
 
 def test_rows_under_one_prefix_meet_in_one_pack_wherever_they_stood() -> None:

@@ -14,12 +14,13 @@ from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.types import Example, Label, Message, Origin
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.evaluate.heads import baseline, evaluate_heads, in_words, named_classes, systems_of
+from tunesmith.evaluate.heads import baseline, evaluate_heads, named_classes, systems_of
 from tunesmith.evaluate.run import System, prompt_messages
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.models.load import Model
 from tunesmith.objectives.classification import Classification
 from tunesmith.objectives.headed import Headed
+from tunesmith.objectives.label_words import in_words
 from tunesmith.objectives.regression import Regression
 from tunesmith.objectives.token_classification import TokenClassification
 
@@ -48,8 +49,8 @@ def test_classes_by_name_are_those_of_one_likelihood_at_a_time(
 ) -> None:
     model = build_model("llama", max_position_embeddings=256)
     twin = eager_twin(model)
-    rows = [in_words(labelled("red", text=f"colour {i}?"), system="Answer.") for i in range(3)]
-    shots = tuple(in_words(labelled(name, text=name), system="Answer.") for name in LABELS[:num_shots])
+    rows = [labelled("red", text=f"colour {i}?") for i in range(3)]
+    shots = tuple(in_words(labelled(name, text=name)) for name in LABELS[:num_shots])
     entered: list[str] = []
 
     class Switch:
@@ -67,7 +68,7 @@ def test_classes_by_name_are_those_of_one_likelihood_at_a_time(
     )
     assert entered == ["in", "out"]
     for row, example in enumerate(rows):
-        prompt = template.prompt(prompt_messages(example, shots=shots, plain=template.plain)).ids
+        prompt = template.prompt(prompt_messages(in_words(example), shots=shots, plain=template.plain)).ids
         logprobs = []
         for name in LABELS:
             answer = [*template.tokenizer.encode_text([name])[0], template.tokenizer.eos_id]
@@ -80,14 +81,13 @@ def test_classes_by_name_are_those_of_one_likelihood_at_a_time(
 
 
 def test_a_label_becomes_an_answer_in_words() -> None:
-    found = in_words(labelled("red", text="x?"), system="Answer.")
-    assert [(m.role, m.content) for m in found.messages] == [
-        ("system", "Answer."),
-        ("user", "x?"),
-        ("assistant", "red"),
-    ]
-    assert in_words(found, system="Other.") is found
-    assert in_words(labelled(("b", "a")), system=None).messages[-1].content == "b, a"
+    found = in_words(labelled("red", text="x?"))
+    assert [(m.role, m.content) for m in found.messages] == [("user", "x?"), ("assistant", "red")]
+    assert in_words(found) is found
+    assert in_words(labelled(("b", "a"))).messages[-1].content == "b, a"
+    assert in_words(Example(Origin("rows.jsonl", 1), "text", text="x?")).messages[-1].content == ""
+    with pytest.raises(DataError, match="of the form 'tagged' has no text"):
+        in_words(Example(Origin("rows.jsonl", 1), "tagged", words=("x",), label=("O",)))
 
 
 # ------------------------------------------------------------------------------------------------------- constants

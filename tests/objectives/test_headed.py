@@ -63,7 +63,7 @@ def test_a_conversation_is_read_as_it_is_rendered_for_an_answer(template: ChatTe
     assert sequence.tokens_T.tolist() == template.prompt([Message("user", "ab")]).ids
     assert sequence.values is not None
     assert sequence.values.tolist() == [1.0]
-    assert objective.read([asked("?")], template=template)[0].tokens_T.tolist() == sequence.tokens_T.tolist()
+    assert objective.read([asked("?")], template=template)[0][0].tokens_T.tolist() == sequence.tokens_T.tolist()
 
 
 def test_what_is_read_depends_on_the_kind_of_base() -> None:

@@ -43,7 +43,8 @@ class Pack:
 
     tokens_T, position_T, end_T int64. For each target: `source_N` is the token whose hidden state predicts it,
     `target_N` the token id predicted, `weight_N` float32, `sequence_N` the index of the sequence it belongs to.
-    Of a sequence with values the token itself is the source, and `target_N` its own id; `values_S` are the values.
+    Of a sequence with values and no choice the token itself is the source, and `target_N` its own id; `values_S` are the
+    values. `choice_S` says which of its row's answers each sequence is, where they are answers to choose from.
     `rows_S` numbers the rows the sequences came from; `num_row_tokens` is the sum of the sequences' own lengths.
     `places_T` are the sequences' places, where they have them. `encoder_E` int64 are the tokens of the encoder, and
     `encoder_span_S2` [first, last) of each sequence's among them; sequences with the same text stand beside each other.
@@ -59,6 +60,7 @@ class Pack:
     rows_S: np.ndarray
     num_row_tokens: int
     values_S: tuple[np.ndarray | None, ...] = ()
+    choice_S: np.ndarray | None = None
     places_T: np.ndarray | None = None
     encoder_E: np.ndarray | None = None
     encoder_span_S2: np.ndarray | None = None
@@ -107,15 +109,14 @@ def shared_length(a_T: np.ndarray, b_T: np.ndarray) -> int:
     return first if length and different[first] else length
 
 
+def _key(sequence: Sequence) -> tuple[int, bytes, bytes]:
+    """Sorts by tokens; those that an encoder reads for first by its text, short ones before long ones."""
+    read = b"" if sequence.encoder_T is None else sequence.encoder_T.astype(">i4").tobytes()
+    return len(read), read, sequence.tokens_T.astype(">i4").tobytes()
+
+
 def _sorted(sequences: list[Sequence]) -> list[int]:
-    """By tokens; those that an encoder reads for first by its text, short ones before long ones."""
-
-    def key(i: int) -> tuple[int, bytes, bytes]:
-        sequence = sequences[i]
-        read = b"" if sequence.encoder_T is None else sequence.encoder_T.astype(">i4").tobytes()
-        return len(read), read, sequence.tokens_T.astype(">i4").tobytes()
-
-    return sorted(range(len(sequences)), key=key)
+    return sorted(range(len(sequences)), key=lambda i: _key(sequences[i]))
 
 
 def _in_common(a: Sequence, b: Sequence, *, min_shared: int) -> int:
@@ -204,6 +205,8 @@ def build_pack(sequences: list[Sequence], *, min_shared: int = MIN_SHARED_TOKENS
     order = _sorted(sequences)
     ordered = [sequences[i] for i in order]
     encoder_E, encoder_span_S2 = _encoder(ordered)
+    choosing = any(s.choice is not None for s in ordered)
+    assert not choosing or all(s.choice is not None for s in ordered), "a pack holds choices, or none"
     builder = _Builder(ordered, min_shared if encoder_E is None else NEVER, merge_same=merge_same)
     builder.build()
     sources, targets, weights, owners = [], [], [], []
@@ -212,7 +215,7 @@ def build_pack(sequences: list[Sequence], *, min_shared: int = MIN_SHARED_TOKENS
         packed_T = path.indices()
         trained = np.flatnonzero(sequence.weight_T)
         assert len(packed_T) == len(sequence.tokens_T)
-        read = sequence.values is not None
+        read = sequence.values is not None and sequence.choice is None
         assert read or not len(trained) or trained[0] > 0, "nothing stands before the first token to predict it from"
         sources.append(packed_T[trained if read else trained - 1])
         targets.append(sequence.tokens_T[trained])
@@ -233,6 +236,7 @@ def build_pack(sequences: list[Sequence], *, min_shared: int = MIN_SHARED_TOKENS
         rows_S=np.array([s.row for s in ordered], dtype=np.int64),
         num_row_tokens=sum(s.num_tokens for s in sequences),
         values_S=tuple(s.values for s in ordered),
+        choice_S=np.array([s.choice for s in ordered], dtype=np.int64) if choosing else None,
         places_T=joined(builder.places, np.int64) if builder.places else None,
         encoder_E=encoder_E,
         encoder_span_S2=encoder_span_S2,
@@ -278,47 +282,54 @@ def build_packs(sequences: list[Sequence], *, max_tokens: int, min_shared: int =
     The root is what all sequences of a pack begin with; a long prompt would otherwise fill every pack anew. Sequences
     with a common beginning stand beside each other in sorted order, so they meet in one pack.
     """
-    group: list[Sequence] = []
-    cost = root = 0
-    for i in _sorted(sequences):
-        sequence = sequences[i]
-        length = sequence.num_tokens
-        shared = _in_common(group[-1], sequence, min_shared=min_shared) if group else length
-        if group and cost + length - shared - min(root, shared) > max_tokens:
-            yield from _within(group, max_tokens, min_shared)
-            group = []
-        if group:
-            cost, root = cost + length - shared, min(root, shared)
-        else:
-            cost = root = length
-        group.append(sequence)
-    if group:
-        yield from _within(group, max_tokens, min_shared)
+    units = [[sequence] for sequence in sequences]
+    return build_unit_packs(units, max_tokens=max_tokens, min_shared=min_shared, merge_same=False)
 
 
 def build_unit_packs(
-    units: list[list[Sequence]], *, max_tokens: int, min_shared: int = MIN_SHARED_TOKENS
+    units: list[list[Sequence]], *, max_tokens: int, min_shared: int = MIN_SHARED_TOKENS, merge_same: bool = True
 ) -> Iterator[Pack]:
-    """As `build_packs`, but the sequences of a unit stay in one pack; those that are the same are counted once."""
-    group: list[Sequence] = []
-    lengths: dict[bytes, int] = {}
-    for unit in sorted(units, key=lambda unit: [s.tokens_T.astype(">i4").tobytes() for s in unit]):
-        own = {s.tokens_T.tobytes(): len(s.tokens_T) for s in unit}
-        if group and sum((lengths | own).values()) > max_tokens:
-            yield build_pack(group, min_shared=min_shared, merge_same=True)
-            group, lengths = [], {}
-        group += unit
-        lengths |= own
+    """As `build_packs`, but the sequences of a unit stay in one pack, and a unit beyond `max_tokens` is one alone.
+
+    `merge_same`: sequences that are the same from end to end are computed and counted once.
+    """
+    group: list[list[Sequence]] = []
+    known: set[bytes] = set()
+    cost = root = 0
+    for unit in sorted((sorted(unit, key=_key) for unit in units), key=lambda unit: [_key(s) for s in unit]):
+        last = group[-1][-1] if group else None
+        added, shared = _added(unit, last=last, known=known, min_shared=min_shared)
+        if group and cost + added - min(root, shared) > max_tokens:
+            yield from _within(group, max_tokens, min_shared, merge_same)
+            group, known = [], set()
+            added, shared = _added(unit, last=None, known=known, min_shared=min_shared)
+        cost, root = (cost + added, min(root, shared)) if group else (added, shared)
+        group.append(unit)
+        if merge_same:
+            known.update(s.tokens_T.tobytes() for s in unit)
     if group:
-        yield build_pack(group, min_shared=min_shared, merge_same=True)
+        yield from _within(group, max_tokens, min_shared, merge_same)
 
 
-def _within(group: list[Sequence], max_tokens: int, min_shared: int) -> Iterator[Pack]:
+def _added(unit: list[Sequence], *, last: Sequence | None, known: set[bytes], min_shared: int) -> tuple[int, int]:
+    """Tokens that a sorted unit adds behind `last`, and the fewest that one of its sequences shares with the one before."""
+    added, least = 0, NEVER
+    for sequence in unit:
+        if known and sequence.tokens_T.tobytes() in known:
+            continue
+        length = sequence.num_tokens
+        shared = length if last is None else _in_common(last, sequence, min_shared=min_shared)
+        added += length if last is None else length - shared
+        least, last = min(least, shared), sequence
+    return added, least
+
+
+def _within(group: list[list[Sequence]], max_tokens: int, min_shared: int, merge_same: bool) -> Iterator[Pack]:
     """The group as one pack, or halved: what rows share by pairs can be a little more than what the tree stores once."""
-    pack = build_pack(group, min_shared=min_shared)
-    if pack.num_computed_tokens - pack.num_root_tokens <= max_tokens:
+    pack = build_pack([s for unit in group for s in unit], min_shared=min_shared, merge_same=merge_same)
+    if len(group) == 1 or pack.num_computed_tokens - pack.num_root_tokens <= max_tokens:
         yield pack
     else:
         middle = len(group) // 2
-        yield from _within(group[:middle], max_tokens, min_shared)
-        yield from _within(group[middle:], max_tokens, min_shared)
+        yield from _within(group[:middle], max_tokens, min_shared, merge_same)
+        yield from _within(group[middle:], max_tokens, min_shared, merge_same)

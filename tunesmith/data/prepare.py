@@ -38,8 +38,8 @@ class Trains(Protocol):
     def groups(self, values: Iterable[np.ndarray]) -> np.ndarray | None:
         """Rows that are learned from together."""
 
-    def cut(self, sequence: Sequence, *, num_tokens: int) -> Sequence:
-        """The beginning of a sequence."""
+    def cut(self, sequences: list[Sequence], *, num_tokens: int) -> list[Sequence]:
+        """The beginnings of a row's sequences."""
 
     def units(self, sequences: list[Sequence]) -> list[list[Sequence]]:
         """What is shuffled as one row."""
@@ -145,7 +145,7 @@ def prepare(
     read = {name: [f for s in sources for f in resolve(s)] for name, sources in _sources(settings).items()}
     _refuse_repeated(read)
     files = {name: [f"{shown} {sha256_file(path)}" for shown, path in found] for name, found in read.items()}
-    objective = objective.fitted(_usable(settings))  # so that the fitted one, as a run has it, finds the same rows
+    objective = objective.fitted(usable(settings))  # so that the fitted one, as a run has it, finds the same rows
     what = {
         "files": files,
         "settings": settings.model_dump(mode="json"),
@@ -181,7 +181,7 @@ def _sources(settings: DataSettings) -> dict[str, list[str]]:
     return held | {"train": settings.train_paths}
 
 
-def _usable(settings: DataSettings) -> Iterator[tuple[Example, bool]]:
+def usable(settings: DataSettings) -> Iterator[tuple[Example, bool]]:
     """All rows that can be read, and whether each is on the side of training."""
     for name, sources in _sources(settings).items():
         shares = settings.shares if name == "train" else {}
@@ -338,7 +338,7 @@ class _Preparation:
             if self.longest is None or over + self.max_tokens > self.longest[0]:
                 self.longest = (over + self.max_tokens, example.origin)
             return None
-        short = [self.objective.cut(s, num_tokens=self.max_tokens) for s in sequences]
+        short = self.objective.cut(sequences, num_tokens=self.max_tokens)
         kept = [s for s in short if s.num_targets]
         if not kept:
             self.ledger.record(example.origin, state="dropped", reason="nothing left to train after truncation")

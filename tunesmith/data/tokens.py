@@ -13,11 +13,13 @@ import numpy as np
 
 from tunesmith.data.types import Origin, Sequence
 
+NO_CHOICE = -1
 ARRAYS = {
     "tokens": np.int32,
     "weights": np.float32,
     "values": np.float32,
     "encoder": np.int32,
+    "choice": np.int32,
     "sequence_start": np.int64,
     "value_start": np.int64,
     "encoder_start": np.int64,
@@ -55,6 +57,7 @@ class TokenWriter:
             if sequence.values is not None:
                 self._append("values", sequence.values)
                 self.num_values += len(sequence.values)
+            self._append("choice", [NO_CHOICE if sequence.choice is None else sequence.choice])
             self._append("encoder_start", [self.num_encoder_tokens])
             if sequence.encoder_T is not None:
                 self._append("encoder", sequence.encoder_T)
@@ -132,7 +135,10 @@ class TokenStore:
         first, last = self._arrays["sequence_start"][number : number + 2]
         tokens_T, weight_T = (np.array(self._arrays[name][first:last]) for name in ("tokens", "weights"))
         values, encoder_T = self._some("values", "value_start", number), self._some("encoder", "encoder_start", number)
-        return Sequence(tokens_T, weight_T, unit, values, encoder_T=encoder_T)
+        choice = int(self._arrays["choice"][number])
+        return Sequence(
+            tokens_T, weight_T, unit, values, encoder_T=encoder_T, choice=None if choice == NO_CHOICE else choice
+        )
 
     def _some(self, name: str, starts: str, number: int) -> np.ndarray | None:
         first, last = self._arrays[starts][number : number + 2]

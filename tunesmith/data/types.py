@@ -102,8 +102,9 @@ class Sequence:
 
     tokens_T int32, weight_T float32; weight_T[0] is 0 (nothing stands before the first token).
     Where `values` are given, a token with a weight is read and not predicted: float32, what is known of the sequence, as
-    its objective understands it. `row` numbers the row it came from, in the order of the prepared split. `places_T`
-    int64, where it is given, numbers each token among all that have a beginning of their own (data/pack.py, Forest).
+    its objective understands it. A `choice` numbers one of the answers that its row may have, and then such a token is
+    predicted all the same. `row` numbers the row it came from, in the order of the prepared split. `places_T` int64,
+    where it is given, numbers each token among all that have a beginning of their own (data/pack.py, Forest).
     `encoder_T` int32, where it is given, is what an encoder reads before a decoder reads and predicts `tokens_T`.
     """
 
@@ -113,6 +114,7 @@ class Sequence:
     values: np.ndarray | None = None
     places_T: np.ndarray | None = None
     encoder_T: np.ndarray | None = None
+    choice: int | None = None
 
     def cut(self, num_tokens: int) -> "Sequence":
         """Its beginning; what is read at its last token keeps that token, and what an encoder reads keeps its end."""

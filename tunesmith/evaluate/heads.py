@@ -13,6 +13,7 @@ Shapes: B rows, K classes.
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,47 +21,34 @@ import torch
 
 from tunesmith.data.answers import Answer, Classes, Numbers, Tags
 from tunesmith.data.template import ChatTemplate
-from tunesmith.data.types import Example, Message, Origin, Sequence
+from tunesmith.data.types import Example, Message, Sequence
 from tunesmith.errors import RecipeError
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.result import Answers, Evaluation, concluded, drawn
-from tunesmith.evaluate.run import PACK_TOKENS, System, prompt_messages
+from tunesmith.evaluate.run import PACK_TOKENS, System, only_last, prompt_messages
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.models.load import Model
 from tunesmith.objectives.classification import Classification
 from tunesmith.objectives.headed import Headed, label_of
+from tunesmith.objectives.label_words import choices, in_words, names_of, prompt_of
 from tunesmith.objectives.regression import Regression
 from tunesmith.objectives.token_classification import TokenClassification
 
 ROWS_AT_A_TIME = 64
 
 
-def in_words(example: Example, *, system: str | None) -> Example:
-    """A labelled text as a conversation in which the assistant answers with the class."""
-    if example.messages:
-        return example
-    label = label_of(example)
-    answer = label if isinstance(label, str) else ", ".join(label)
-    lead = (Message("system", system),) if system else ()
-    turns = (*lead, Message("user", example.text or ""), Message("assistant", answer))
-    return Example(example.origin, "prompt_completion", turns)
-
-
 def named_classes(
     system: System, examples: list[Example], *, objective: Classification, template: ChatTemplate
 ) -> Classes:
-    """What the model says of conversations when it can answer with nothing but a class's name."""
+    """What the model says of rows when it can answer with nothing but a class's name."""
     assert objective.labels is not None
-    prompts = [
-        template.prompt(prompt_messages(e, shots=system.shots, plain=template.plain), tools=e.tools).ids
-        for e in examples
-    ]
-    names = _names(examples[0], shots=system.shots, labels=objective.labels, template=template)
+    names = names_of(objective.labels, template=template)
+    prompts = [prompt_of(_asked(e, shots=system.shots, template=template), template=template) for e in examples]
     logprob_BK = np.zeros((len(examples), len(names)))
     with system.switched():
         for start in range(0, len(examples), ROWS_AT_A_TIME):
-            some = prompts[start : start + ROWS_AT_A_TIME]
-            logprob_BK[start : start + len(some)] = _likelihoods(system.model, some, names)
+            some = [choices(prompt, names=names) for prompt in prompts[start : start + ROWS_AT_A_TIME]]
+            logprob_BK[start : start + len(some)] = _likelihoods(system.model, some)
     probability_BK = torch.from_numpy(logprob_BK).softmax(-1).numpy()
     return objective.decided(probability_BK)
 
@@ -68,7 +56,6 @@ def named_classes(
 def that_fit(
     examples: list[Example],
     *,
-    worded: Callable[[Example], Example],
     shots: tuple[Example, ...],
     objective: Classification,
     template: ChatTemplate,
@@ -76,39 +63,22 @@ def that_fit(
 ) -> list[Example]:
     """The rows whose prompt in words, with the name of every class behind it, fits into the context."""
     assert objective.labels is not None
-    if not examples:
-        return []
-    names = _names(worded(examples[0]), shots=shots, labels=objective.labels, template=template)
-    room = room_tokens - max(map(len, names))  # how a class is written does not depend on the row
-    prompts = (prompt_messages(worded(e), shots=shots, plain=template.plain) for e in examples)
-    return [
-        example
-        for example, prompt in zip(examples, prompts, strict=True)
-        if len(template.prompt(prompt, tools=example.tools).ids) <= room
-    ]
+    room = room_tokens - max(map(len, names_of(objective.labels, template=template)))
+    prompts = (prompt_of(_asked(e, shots=shots, template=template), template=template) for e in examples)
+    return [example for example, prompt in zip(examples, prompts, strict=True) if len(prompt) <= room]
 
 
-def _names(
-    example: Example, *, shots: tuple[Example, ...], labels: tuple[str, ...], template: ChatTemplate
-) -> list[np.ndarray]:
-    """Token ids of each class's name as the assistant's turn, its end included."""
-    prompt = prompt_messages(example, shots=shots, plain=template.plain)
-    read = tuple(Message(m.role, m.content, 0.0, m.extra) for m in prompt)
-    asked = [Example(Origin("class", 1), "chat", (*read, Message("assistant", label))) for label in labels]
-    start = len(template.prompt(prompt).ids)
-    return [sequences[-1].tokens_T[start:] for sequences in template.sequences(asked)]
+def _asked(example: Example, *, shots: tuple[Example, ...], template: ChatTemplate) -> Example:
+    """The row in words, with `shots` in its prompt."""
+    worded = in_words(example)
+    return only_last(worded, prompt_messages(worded, shots=shots, plain=template.plain))
 
 
-def _likelihoods(model: Model, prompts: list[list[int]], names: list[np.ndarray]) -> np.ndarray:
-    """log p(name | prompt), [B, K]."""
-    sequences = []
-    for row, prompt in enumerate(prompts):
-        for k, name_T in enumerate(names):
-            tokens_T = np.concatenate([np.array(prompt, np.int32), name_T])
-            weight_T = np.concatenate([np.zeros(len(prompt), np.float32), np.ones(len(name_T), np.float32)])
-            sequences.append(Sequence(tokens_T, weight_T, row * len(names) + k))
+def _likelihoods(model: Model, units: list[list[Sequence]]) -> np.ndarray:
+    """log p(name | prompt), [B, K], of the answers to each prompt."""
+    sequences = [replace(s, row=number) for number, s in enumerate(s for unit in units for s in unit)]
     total = model.row_logprobs(sequences, num_rows=len(sequences), max_tokens=PACK_TOKENS)
-    return total.reshape(len(prompts), len(names))
+    return total.reshape(len(units), -1)
 
 
 def baseline(name: str, rows: list[Example], *, objective: Headed, train: Iterable[Example]) -> Answer:

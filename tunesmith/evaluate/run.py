@@ -49,11 +49,11 @@ def reference_of(example: Example, *, template: ChatTemplate) -> str:
     messages, answer = example.asked
     if not answer.extra:
         return answer.content
-    sequence = template.sequences([_only_last(example, list(messages))])[0][-1]
+    sequence = template.sequences([only_last(example, list(messages))])[0][-1]
     return template.tokenizer.decode(sequence.tokens_T[sequence.weight_T > 0].tolist())
 
 
-def _only_last(example: Example, prompt: list[Message]) -> Example:
+def only_last(example: Example, prompt: list[Message]) -> Example:
     """The row with this prompt, in which the last assistant turn alone is trained."""
     read = tuple(Message(m.role, m.content, 0.0, m.extra) for m in prompt)
     answer = example.asked[1]
@@ -177,7 +177,7 @@ def _fitting(examples: list[Example], *, systems: list[System], template: ChatTe
     for example in examples:
         if example.text is None:
             messages = prompt_messages(example, shots=shots, plain=template.plain)
-            whole = _only_last(example, messages)
+            whole = only_last(example, messages)
             if max(s.num_context_tokens for s in template.sequences([whole])[0]) > limit:
                 continue
         kept.append(example)
@@ -249,7 +249,7 @@ def _likelihood(
         if example.text is not None:
             found = objective.sequences([example], template=template, max_tokens=model.room_tokens)[0]
         else:
-            found = template.sequences([_only_last(example, prompt)])[0]
+            found = template.sequences([only_last(example, prompt)])[0]
         sequences += [replace(s, row=row) for s in found]
     tokens_B = np.zeros(len(examples))
     np.add.at(tokens_B, [s.row for s in sequences], [s.num_targets for s in sequences])

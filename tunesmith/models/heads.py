@@ -35,14 +35,14 @@ def set_head(model: Model, *, weight_KD: torch.Tensor) -> None:
 
 
 def save_head(model: Model, *, folder: Path, document: dict[str, Any]) -> None:
-    """Write the head and what its outputs mean."""
-    assert model.outputs is not None
-    save_file({"weight": model.outputs.weight.detach().cpu().contiguous()}, str(folder / WEIGHTS))
+    """Write the head, where there is one, and what its outputs or the model's words mean."""
+    if model.outputs is not None:
+        save_file({"weight": model.outputs.weight.detach().cpu().contiguous()}, str(folder / WEIGHTS))
     (folder / DOCUMENT).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def read_head_document(folder: Path) -> dict[str, Any]:
-    """What the outputs mean; ModelError where it cannot be read."""
+    """What the outputs or the words mean; ModelError where it cannot be read."""
     try:
         document: dict[str, Any] = json.loads((folder / DOCUMENT).read_text("utf-8"))
     except (OSError, ValueError) as error:

@@ -10,12 +10,21 @@ from tunesmith.objectives.classification import Classification
 from tunesmith.objectives.contrastive import Contrastive
 from tunesmith.objectives.distillation import Distillation
 from tunesmith.objectives.instruction import Instruction
+from tunesmith.objectives.label_words import LabelWords
 from tunesmith.objectives.regression import Regression
 from tunesmith.objectives.seq2seq import Seq2seq
 from tunesmith.objectives.token_classification import TokenClassification
 
 AnyObjective = Annotated[
-    Instruction | Causal | Seq2seq | Distillation | Classification | Contrastive | TokenClassification | Regression,
+    Instruction
+    | Causal
+    | Seq2seq
+    | Distillation
+    | Classification
+    | LabelWords
+    | Contrastive
+    | TokenClassification
+    | Regression,
     Field(discriminator="kind"),
 ]
 

@@ -62,6 +62,7 @@ class Objective(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     summary: ClassVar[str] = ""
     whole_units: ClassVar[bool] = False  # the sequences of a unit are read together, so they stay in one pack
+    idle: ClassVar[tuple[str, ...]] = ()  # settings of the class above that it has no use for, and refuses
     reads_source: ClassVar[bool] = False  # an encoder reads the prompt and a decoder writes the answer
 
     @property
@@ -136,9 +137,9 @@ class Objective(BaseModel, ABC):
         """Factors on the learning rate of parameters of its own, by name."""
         return {}
 
-    def cut(self, sequence: Sequence, *, num_tokens: int) -> Sequence:
-        """The beginning of a sequence that is too long, where the recipe allows to truncate."""
-        return sequence.cut(num_tokens)
+    def cut(self, sequences: list[Sequence], *, num_tokens: int) -> list[Sequence]:
+        """The beginnings of a row's sequences, some too long, where the recipe allows to truncate."""
+        return [sequence.cut(num_tokens) for sequence in sequences]
 
     def units(self, sequences: list[Sequence]) -> list[list[Sequence]]:
         """How the sequences of one example are shuffled and counted as rows of a step: together."""

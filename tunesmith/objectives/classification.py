@@ -59,6 +59,9 @@ class Classification(Headed):
 
     @model_validator(mode="after")
     def _no_idle_setting(self) -> Self:
+        for name in self.idle:
+            if getattr(self, name) not in (type(self).model_fields[name].default, False):
+                raise ValueError(f"{name} has no effect on {self.kind}; it belongs to objective: classification")
         if self.labels is not None and len(set(self.labels)) != len(self.labels):
             raise ValueError("labels names a class twice")
         if self.several:
@@ -137,7 +140,7 @@ class Classification(Headed):
 
     def loss(self, readout: Readout, pack: Pack) -> Loss:
         """Cross-entropy; with `accuracy` as a metric."""
-        output_SK = self.pooled(readout)
+        output_SK, _ = self.by_row(readout, pack)
         values = known(pack)
         if self.several:
             truth_SK = torch.from_numpy(self._truth(values)).to(output_SK)
@@ -177,7 +180,8 @@ class Classification(Headed):
         return found
 
     def _truth(self, values: list[np.ndarray]) -> Floats:
-        truth_BK = np.zeros((len(values), self.num_outputs))
+        assert self.labels is not None
+        truth_BK = np.zeros((len(values), len(self.labels)))
         for row, classes in enumerate(values):
             truth_BK[row, [int(c) for c in classes if c != NONE]] = 1
         return truth_BK

@@ -10,11 +10,11 @@ Shapes: S sequences, P pairs, D hidden, K classes.
 """
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from tunesmith.data.answers import Floats
 from tunesmith.data.pack import Pack
@@ -29,17 +29,9 @@ class Contrastive(Classification):
     kind: Literal["contrastive"] = "contrastive"  # type: ignore[assignment]
     summary: ClassVar[str] = "classes from a handful of rows each: pairs of texts first, then a head"
     whole_units: ClassVar[bool] = True
+    idle: ClassVar[tuple[str, ...]] = ("several", "hierarchy", "label_smoothing", "head_rate_factor")
 
     pairs: int = Field(default=20, ge=1, description="pairs of one class, and as many of two classes, for each row")
-
-    @model_validator(mode="after")
-    def _no_idle_pair_setting(self) -> Self:
-        for name, idle in (("several", None), ("hierarchy", None), ("label_smoothing", 0.0)):
-            if getattr(self, name) not in (idle, False):
-                raise ValueError(f"{name} has no effect on contrastive; it belongs to objective: classification")
-        if "head_rate_factor" in self.model_fields_set and self.head_rate_factor != 10.0:
-            raise ValueError("head_rate_factor has no effect on contrastive, whose head is fitted and not trained")
-        return self
 
     @property
     def reads(self) -> Reads:

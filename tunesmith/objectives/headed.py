@@ -2,7 +2,8 @@
 
     output_k = w_k . h,    h the hidden state of the last token (a decoder), or their mean or the first (an encoder)
 
-The head is linear, starts at zero and is trained in full beside any method. What its outputs mean is calibrated on the
+Without a head of its own (`num_outputs` 0) an objective has its outputs from the words of the model (label_words.py). The
+head is linear, starts at zero and is trained in full beside any method. What its outputs mean is calibrated on the
 validation rows once training is over, and saved with it.
 
 Shapes: B rows, S sequences, K outputs, N tokens that are read.
@@ -22,14 +23,14 @@ from tunesmith.data.answers import Answer, Floats
 from tunesmith.data.pack import Pack
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example, Label, Sequence
-from tunesmith.errors import RecipeError
+from tunesmith.errors import DataError, RecipeError
 from tunesmith.objectives.base import Objective, Readout, row_error
 
 Calibration = dict[str, float]
 
 
 class Headed(Objective):
-    """Base of the objectives that read outputs of a head of their own."""
+    """Base of the objectives that answer with more than a text: by the outputs of a head of their own, or of words."""
 
     pooling: Literal["last", "mean", "first"] | None = Field(
         default=None, description="which hidden state is read; by default the last token's, of an encoder the mean"
@@ -54,19 +55,19 @@ class Headed(Objective):
         return self.model_copy(update={"pooling": self.pooling or ("mean" if encoder else "last")})
 
     def sequences(self, examples: list[Example], *, template: ChatTemplate, max_tokens: int) -> list[list[Sequence]]:
-        """One sequence a row, with what is to be learned of it."""
+        """What is read of each row, with what is to be learned of it."""
         read = self.read(examples, template=template)
         values = [np.asarray(self.values(example), dtype=np.float32) for example in examples]
-        return [[replace(s, values=v)] for s, v in zip(read, values, strict=True)]
+        return [[replace(s, values=v) for s in unit] for unit, v in zip(read, values, strict=True)]
 
-    def read(self, examples: list[Example], *, template: ChatTemplate) -> list[Sequence]:
+    def read(self, examples: list[Example], *, template: ChatTemplate) -> list[list[Sequence]]:
         """What is read of each row: the text between begin and end, or the prompt as its chat template renders it."""
         found = inputs(examples, template=template)
-        return [Sequence(tokens_T, self._marks(len(tokens_T)), values=np.zeros(0, np.float32)) for tokens_T in found]
+        return [[Sequence(tokens_T, self._marks(len(tokens_T)), values=np.zeros(0, np.float32))] for tokens_T in found]
 
     def read_texts(self, examples: list[Example], *, template: ChatTemplate) -> list[Sequence]:
         """As `read`."""
-        return self.read(examples, template=template)
+        return [sequence for unit in self.read(examples, template=template) for sequence in unit]
 
     def _marks(self, num_tokens: int) -> np.ndarray:
         assert self.pooling is not None, "for_model fills it in"
@@ -81,10 +82,9 @@ class Headed(Objective):
         count_S = torch.bincount(sequence_N, minlength=readout.num_sequences)
         return sum_SK / count_S[:, None].to(sum_SK.dtype)
 
-    def by_row(self, readout: Readout) -> tuple[Tensor, Tensor]:
-        """Outputs [M, K] as `predictions` reads them, and the sequence of each: here one a sequence."""
-        pooled_SK = self.pooled(readout)
-        return pooled_SK, torch.arange(len(pooled_SK), device=pooled_SK.device)
+    def by_row(self, readout: Readout, pack: Pack) -> tuple[Tensor, np.ndarray]:
+        """Outputs [M, K] as `predictions` reads them, and the number of the row of each: here one a sequence."""
+        return self.pooled(readout), pack.rows_S
 
     @abstractmethod
     def values(self, example: Example) -> Many[float]:
@@ -108,10 +108,12 @@ class Headed(Objective):
 
 
 def known(pack: Pack) -> list[np.ndarray]:
-    """The values of each sequence of a pack."""
+    """The values of each sequence of a pack; of choices those of each row, in the order of the rows' numbers."""
     values = [v for v in pack.values_S if v is not None]
     assert len(values) == len(pack.values_S), "every sequence of an objective with a head has values"
-    return values
+    if pack.choice_S is None:
+        return values
+    return [values[first] for first in np.unique(pack.rows_S, return_index=True)[1]]
 
 
 def inputs(examples: list[Example], *, template: ChatTemplate) -> list[np.ndarray]:
@@ -129,13 +131,18 @@ def inputs(examples: list[Example], *, template: ChatTemplate) -> list[np.ndarra
         elif example.messages:
             ids = template.prompt(list(example.asked[0]), tools=example.tools).ids
         else:
-            raise row_error(
-                example,
-                f"a row of the form '{example.form}' has no text",
-                hint="use objective: token_classification, or map columns with data.mapping: {text: COLUMN, label: COLUMN}",
-            )
+            raise no_text(example)
         found.append(np.array(ids, dtype=np.int32))
     return found
+
+
+def no_text(example: Example) -> DataError:
+    """The error of a row that holds neither a text nor a conversation."""
+    return row_error(
+        example,
+        f"a row of the form '{example.form}' has no text",
+        hint="use objective: token_classification, or map columns with data.mapping: {text: COLUMN, label: COLUMN}",
+    )
 
 
 def _plain_text(example: Example, *, template: ChatTemplate) -> str | None:

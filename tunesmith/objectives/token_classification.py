@@ -55,7 +55,7 @@ class TokenClassification(Headed):
             )
         return self.model_copy(update={"labels": tuple(sorted(counts))})
 
-    def read(self, examples: list[Example], *, template: ChatTemplate) -> list[Sequence]:
+    def read(self, examples: list[Example], *, template: ChatTemplate) -> list[list[Sequence]]:
         """The words with spaces between them, each read at one token."""
         tokenizer, found = template.tokenizer, []
         for example in examples:
@@ -69,7 +69,7 @@ class TokenClassification(Headed):
             tokens_T = np.array([*tokenizer.begin_ids, *ids, *tokenizer.end_ids], dtype=np.int32)
             weight_T = np.zeros(len(tokens_T), dtype=np.float32)
             weight_T[len(tokenizer.begin_ids) + self._read_at(example, places)] = 1
-            found.append(Sequence(tokens_T, weight_T, values=np.zeros(0, np.float32)))
+            found.append([Sequence(tokens_T, weight_T, values=np.zeros(0, np.float32))])
         return found
 
     def _read_at(self, example: Example, places: list[tuple[int, int]]) -> np.ndarray:
@@ -98,11 +98,10 @@ class TokenClassification(Headed):
             )
         return [float(self.labels.index(tag)) for tag in tags]
 
-    def cut(self, sequence: Sequence, *, num_tokens: int) -> Sequence:
+    def cut(self, sequences: list[Sequence], *, num_tokens: int) -> list[Sequence]:
         """Only the tags of words that are left."""
-        short = sequence.cut(num_tokens)
-        assert short.values is not None
-        return replace(short, values=short.values[: short.num_targets])
+        short = super().cut(sequences, num_tokens=num_tokens)
+        return [replace(s, values=s.values[: s.num_targets]) for s in short if s.values is not None]
 
     def row_weight(self, values: np.ndarray) -> float:
         """A row counts as many times as it has words."""
@@ -116,9 +115,9 @@ class TokenClassification(Headed):
         right = float((readout.value.detach().argmax(-1) == tag_N).sum())
         return Loss(nll, self.count(pack), {"accuracy": (right, float(len(tag_N)))})
 
-    def by_row(self, readout: Readout) -> tuple[torch.Tensor, torch.Tensor]:
+    def by_row(self, readout: Readout, pack: Pack) -> tuple[torch.Tensor, np.ndarray]:
         """Every word's outputs."""
-        return readout.value, readout.sequence_N
+        return readout.value, pack.rows_S[pack.sequence_N]
 
     def calibrated(self, output_MK: Floats, values: list[np.ndarray]) -> Calibration:
         """Nothing: the likeliest tag is the answer."""

@@ -27,7 +27,7 @@ from tunesmith.methods.base import Method, num_trainable, trainable
 from tunesmith.models.blocks import num_frozen_blocks
 from tunesmith.models.load import Model
 from tunesmith.models.readout import target_divergences
-from tunesmith.objectives.base import Loss, Objective, Readout, Totals
+from tunesmith.objectives.base import Loss, Objective, Readout, Reads, Totals
 from tunesmith.train import checkpoint
 from tunesmith.train.features import FrozenFeatures, open_features
 from tunesmith.train.memory import is_out_of_memory, peak_memory_bytes, release_all, release_free_memory
@@ -98,13 +98,17 @@ def forward(
 ) -> Loss:
     """One pack through the model and the objective; `features` are what its frozen blocks gave before."""
     hidden_TD = model.hidden(model.attention(pack)) if features is None else features.hidden(model, pack)
-    read = {"outputs": model.outputs_at, "hidden": model.hidden_at}.get(objective.reads, model.target_logprobs)
-    value = read(pack, hidden_TD=hidden_TD)
+    value = reader(model, reads=objective.reads)(pack, hidden_TD=hidden_TD)
     divergence_N = None
     if objective.reads == "divergences":
         assert teacher is not None, "an objective that reads divergences has a teacher"
         divergence_N = divergences(model, pack, hidden_TD=hidden_TD, objective=objective, teacher=teacher)
     return objective.loss(Readout.of(value, pack, divergence_N=divergence_N), pack)
+
+
+def reader(model: Model, *, reads: Reads) -> Callable[..., Tensor]:
+    """What gives an objective's readout of a pack."""
+    return {"outputs": model.outputs_at, "hidden": model.hidden_at}.get(reads, model.target_logprobs)
 
 
 def divergences(model: Model, pack: Pack, *, hidden_TD: Tensor, objective: Objective, teacher: Model) -> Tensor:
@@ -507,10 +511,10 @@ def packed(
     units: list[list[Sequence]], *, model: Model, settings: TrainSettings, whole: bool = False
 ) -> Iterator[Pack]:
     """Packs of as many tokens as the settings put through the model at a time; `whole`: a unit stays in one."""
-    limits = {"max_tokens": settings.tokens_at_a_time(model.device.type), "min_shared": model.min_shared_tokens}
+    max_tokens, min_shared = settings.tokens_at_a_time(model.device.type), model.min_shared_tokens
     if whole:
-        return build_unit_packs(units, **limits)
-    return build_packs([sequence for unit in units for sequence in unit], **limits)
+        return build_unit_packs(units, max_tokens=max_tokens, min_shared=min_shared)
+    return build_packs([s for unit in units for s in unit], max_tokens=max_tokens, min_shared=min_shared)
 
 
 def batches(

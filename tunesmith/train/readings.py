@@ -1,4 +1,4 @@
-"""What a model's head gives for many rows, and what held-out rows say about how to read it."""
+"""What a model's head, or its words, give for many rows, and what held-out rows say about how to read it."""
 
 from dataclasses import replace
 
@@ -14,30 +14,30 @@ from tunesmith.models.load import Model
 from tunesmith.objectives.base import Readout
 from tunesmith.objectives.contrastive import Contrastive
 from tunesmith.objectives.headed import Calibration, Headed
-from tunesmith.train.loop import autocast, packed
+from tunesmith.train.loop import autocast, packed, reader
 from tunesmith.train.settings import TrainSettings
 
 UNITS_AT_A_TIME = 1024
 
 
 def read_sequences(
-    model: Model, objective: Headed, sequences: list[Sequence], *, settings: TrainSettings, states: bool = False
+    model: Model, objective: Headed, units: list[list[Sequence]], *, settings: TrainSettings, states: bool = False
 ) -> tuple[Floats, np.ndarray]:
-    """Outputs [M, K] of sequences, those of one after those of another, and how many each has, [B].
+    """Outputs [M, K] of rows, those of one after those of another, and how many each has, [B].
 
-    `states`: the hidden states [M, D] in their place.
+    `units` are the sequences of each row. `states`: the hidden states [M, D] in their place.
     """
-    numbered = [[replace(s, row=row)] for row, s in enumerate(sequences)]
-    found: list[np.ndarray] = [np.zeros((0, 0))] * len(sequences)
-    read = model.hidden_at if states else model.outputs_at
+    numbered = [[replace(s, row=row) for s in unit] for row, unit in enumerate(units)]
+    found: list[np.ndarray] = [np.zeros((0, 0))] * len(units)
+    read = reader(model, reads="hidden" if states else "outputs" if objective.num_outputs else "logprobs")
     was_training = model.causal.training
     model.causal.eval()
     with torch.no_grad(), autocast(model, settings):
-        for pack in packed(numbered, model=model, settings=settings):
-            output_MK, owner_M = objective.by_row(Readout.of(read(pack), pack))
-            outputs, owners = output_MK.double().cpu().numpy(), owner_M.cpu().numpy()
-            for sequence, row in enumerate(pack.rows_S.tolist()):
-                found[row] = outputs[owners == sequence]
+        for pack in packed(numbered, model=model, settings=settings, whole=objective.whole_units):
+            output_MK, row_M = objective.by_row(Readout.of(read(pack), pack), pack)
+            outputs = output_MK.double().cpu().numpy()
+            for row in set(pack.rows_S.tolist()):
+                found[row] = outputs[row_M == row]
     model.causal.train(was_training)
     return np.concatenate(found), np.array([len(part) for part in found])
 
@@ -48,9 +48,9 @@ def read_store(
     """As `read_sequences`, of all rows of a store; and their values."""
     rows, outputs, values = store.rows(), [], []
     for start in range(0, len(rows), UNITS_AT_A_TIME):
-        some = [rows.unit(unit)[0] for unit in range(start, min(start + UNITS_AT_A_TIME, len(rows)))]
+        some = [rows.unit(unit) for unit in range(start, min(start + UNITS_AT_A_TIME, len(rows)))]
         outputs.append(read_sequences(model, objective, some, settings=settings, states=states)[0])
-        values += [s.values for s in some if s.values is not None]
+        values += [first.values for first, *_ in some if first.values is not None]
     return np.concatenate(outputs), values
 
 
@@ -63,9 +63,13 @@ def predict(
     settings: TrainSettings,
     calibration: Calibration,
 ) -> Answer:
-    """What the head says of rows, which need no label; what is longer than the context is cut."""
-    sequences = [objective.cut(s, num_tokens=model.room_tokens) for s in objective.read(examples, template=template)]
-    output_MK, counts = read_sequences(model, objective, sequences, settings=settings)
+    """What the model says of rows, which need no label; what is longer than the context is cut."""
+    found = []
+    for start in range(0, len(examples), UNITS_AT_A_TIME):
+        units = objective.read(examples[start : start + UNITS_AT_A_TIME], template=template)
+        short = [objective.cut(unit, num_tokens=model.room_tokens) for unit in units]
+        found.append(read_sequences(model, objective, short, settings=settings))
+    output_MK, counts = (np.concatenate(parts) for parts in zip(*found, strict=True))
     answer = objective.predictions(output_MK, calibration=calibration, counts=counts)
     return answer.filled([len(e.words) for e in examples]) if isinstance(answer, Tags) else answer
 
