@@ -410,7 +410,7 @@ class Fit:
 
     def restore_best(self) -> None:
         """Go back to the weights of the best validation loss, where one was measured."""
-        if (self.folder / "best").is_dir():
+        if self.progress.best_step is not None or (self.folder / "best").is_dir():
             self._set_weights(checkpoint.load(self.folder / "best")[0])
 
     def _set_weights(self, tensors: dict[str, Tensor]) -> None:
