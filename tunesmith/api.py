@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -50,16 +51,18 @@ from tunesmith.runs import (
     find_run,
     find_unfinished,
     index_of,
+    is_begun,
     own_rows,
     prepare_data,
+    record_end,
     record_start,
     resolved_of,
+    summary_of,
     teacher_of,
     template_of,
     template_of_run,
     with_objective,
     write_start,
-    write_summary,
 )
 from tunesmith.storage import new_folder
 from tunesmith.train.loop import Fit, Observer
@@ -102,13 +105,14 @@ def tune(
         prepared = prepare_data(recipe, model=model, workspace=workspace, template=template)
         recipe = with_objective(recipe, prepared.objective)
         resolved = resolved_of(recipe, model=model, prepared=prepared, template=template)
-        if before is not None:
+        if before is not None and is_begun(before):
             check_unchanged(before, resolved)
         parameters = model.num_parameters()
         if growth is not None:
             growth.extend(model, whole=recipe.method.saves_model)
         _make_trainable(model, recipe)  # what does not suit the base is refused here, before there is a folder
         folder = before or workspace.new_run(recipe.name)
+        signals.has_folder = True
         write_start(folder, recipe, resolved, prepared=prepared, template=template)
         if growth is not None:
             growth.write(folder)
@@ -128,13 +132,18 @@ def tune(
                 observer=recorder,
                 teacher=teacher,
             )
-            signals.fit = fit
-            stopped = _run(fit, folder=folder, index=index, resume=resume)
-        fit.restore_best()
-        _save_model(model, recipe, prepared=prepared, folder=folder / "model")
-        record_tokenizer(folder)
-        write_summary(folder, fit, stopped=stopped, state="finished")
-        index.finish_run(folder.name, state="finished")
+            with _end_recorded(fit, folder=folder, index=index, signals=signals):
+                signals.train(fit)
+                if resume:
+                    fit.resume()
+                stopped = fit.run().stopped
+        with _end_recorded(fit, folder=folder, index=index, signals=signals):
+            signals.finish()
+            fit.restore_best()
+            _save_model(model, recipe, prepared=prepared, folder=folder / "model")
+            record_tokenizer(folder)
+            signals.end()
+            record_end(index, folder, summary=summary_of(folder, fit, stopped=stopped, state="finished"))
     return Run(folder)
 
 
@@ -172,26 +181,37 @@ def _save_model(model: Model, recipe: Recipe, *, prepared: Prepared, folder: Pat
             save_head(model, folder=new, document=document)
 
 
-def _run(fit: Fit, *, folder: Path, index: Index, resume: bool) -> str:
-    """Train, and write down how it ended: `finished` or `early`, or whatever was raised."""
+@contextlib.contextmanager
+def _end_recorded(fit: Fit, *, folder: Path, index: Index, signals: "_Signals") -> Iterator[None]:
+    """Write down how a run ended where something was raised in the block; what the disk refuses then does not hide it."""
     try:
-        if resume:
-            fit.resume()
-        return fit.run().stopped
+        yield
     except Interrupted:
-        write_summary(folder, fit, stopped="signal", state="stopped")
-        index.finish_run(folder.name, state="stopped")
+        signals.end()
+        with contextlib.suppress(StorageError):
+            record_end(index, folder, summary=summary_of(folder, fit, stopped="signal", state="stopped"))
         raise
-    except BaseException:
-        index.finish_run(folder.name, state="failed")
+    except BaseException as error:
+        signals.end()
+        if isinstance(error, StorageError):
+            error.hint += "; with --resume it goes on from the last checkpoint"
+        if not Run(folder).finished:  # only its last line may not have reached the disk
+            with contextlib.suppress(StorageError):
+                index.finish_run(folder.name, state="failed")
         raise
 
 
 class _Signals:
-    """SIGINT and SIGTERM ask the loop to save and stop; before the loop runs they stop at once. A second one kills."""
+    """SIGINT and SIGTERM stop a run: at once before the loop and after it, and once the loop has saved while it runs.
+
+    A second one does not wait for the loop. While it is written down how a run ended, they change nothing.
+    """
 
     def __init__(self) -> None:
-        self.fit: Fit | None = None
+        self.has_folder = False
+        self._fit: Fit | None = None
+        self._phase: Literal["preparing", "training", "finishing", "ending"] = "preparing"
+        self._number: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_Signals":
@@ -204,13 +224,36 @@ class _Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.fit is None:
-            raise Interrupted("stopped before anything was trained", hint="run it again", signal_number=number)
-        if self.fit.signal_number is not None:
-            hint = "the same command with --resume goes on from the last checkpoint"
-            raise Interrupted("stopped at once, without saving", hint=hint, signal_number=number)
-        self.fit.signal_number = number
+    def train(self, fit: Fit) -> None:
+        """From here on the loop is asked; also about a signal whose exception a library kept for itself."""
+        self._fit, self._phase = fit, "training"
+        fit.signal_number = self._number
+
+    def finish(self) -> None:
+        """The loop is over and all it did is saved."""
+        self._phase = "finishing"
+        if self._number is not None:
+            raise self._stopped(self._number)
+
+    def end(self) -> None:
+        """How the run ended is being written down."""
+        self._phase = "ending"
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        first, self._number = self._number is None, number
+        if self._phase == "training" and first:
+            assert self._fit is not None
+            self._fit.signal_number = number
+        elif self._phase != "ending":
+            raise self._stopped(number)
+
+    def _stopped(self, number: int) -> Interrupted:
+        again = "go on with the same command and --resume" if self.has_folder else "run the same command again"
+        if self._fit is None:
+            return Interrupted("stopped before anything was trained", hint=again, signal_number=number)
+        where = f"after step {self._fit.progress.step} of {self._fit.num_steps}"
+        saved = "what was saved is kept" if self._phase == "training" else "everything up to there is saved"
+        return Interrupted(f"stopped at once {where}; {saved}", hint=again, signal_number=number)
 
 
 def evaluate(

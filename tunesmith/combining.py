@@ -44,6 +44,7 @@ from tunesmith.runs import (
     own_rows,
     prepare_data,
     record_combined,
+    record_end,
     template_of_run,
     versions,
 )
@@ -329,8 +330,7 @@ def _write_run(
         "versions": versions(),
         "command": command_line(),
     }
-    write_json(folder / "run.json", value=summary)
-    index.finish_run(folder.name, state="finished")
+    record_end(index, folder, summary=summary)
     return folder
 
 
