@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -50,16 +51,18 @@ from tunesmith.runs import (
     find_run,
     find_unfinished,
     index_of,
+    is_begun,
     own_rows,
     prepare_data,
+    record_end,
     record_start,
     resolved_of,
+    summary_of,
     teacher_of,
     template_of,
     template_of_run,
     with_objective,
     write_start,
-    write_summary,
 )
 from tunesmith.storage import new_folder
 from tunesmith.train.loop import Fit, Observer
@@ -89,7 +92,9 @@ def tune(
     workspace = workspace or find_workspace()
     with launched(recipe.train) as processes, _Signals(processes) as signals:
         observer = observer if observer is not None and processes.is_first else Silent()
-        start = _start(recipe, workspace=workspace, processes=processes, resume=resume, say=observer.message)
+        start = _start(
+            recipe, workspace=workspace, processes=processes, resume=resume, say=observer.message, signals=signals
+        )
         recipe, folder, index = start.recipe, start.folder, index_of(workspace)
         processes.divide(start.model)
         with contextlib.ExitStack() as stack:
@@ -108,9 +113,14 @@ def tune(
                 teacher=start.teacher,
                 processes=processes,
             )
-            signals.fit = fit
-            stopped = _run(fit, folder=folder, index=index, resume=resume)
-        processes.first(partial(_finish, fit, start, index=index, stopped=stopped))
+            with _end_recorded(fit, folder=folder, index=index, signals=signals):
+                signals.train(fit)
+                if resume:
+                    fit.resume()
+                stopped = fit.run().stopped
+        with _end_recorded(fit, folder=folder, index=index, signals=signals):
+            signals.finish()
+            processes.first(partial(_finish, fit, start, index=index, stopped=stopped, signals=signals))
     return Run(folder)
 
 
@@ -128,7 +138,13 @@ class _Start:
 
 
 def _start(
-    recipe: Recipe, *, workspace: Workspace, processes: Processes, resume: bool, say: Callable[[str], None]
+    recipe: Recipe,
+    *,
+    workspace: Workspace,
+    processes: Processes,
+    resume: bool,
+    say: Callable[[str], None],
+    signals: "_Signals",
 ) -> _Start:
     """Load the base, prepare the rows, make trainable what is trained, and open the run's folder."""
     check_installed(recipe.method.stored_in)
@@ -144,13 +160,14 @@ def _start(
     prepared = processes.first_before_others(partial(prepare_data, recipe, **shared))
     recipe = with_objective(recipe, prepared.objective)
     resolved = resolved_of(recipe, model=model, prepared=prepared, template=template)
-    if before is not None:
+    if before is not None and is_begun(before):
         check_unchanged(before, resolved)
     parameters = model.num_parameters()
     _make_trainable(model, recipe, growth=growth)  # what does not suit the base is refused before there is a folder
 
     def opened() -> Path:
         folder = before or workspace.new_run(recipe.name)
+        signals.has_folder = True
         write_start(folder, recipe, resolved, prepared=prepared, template=template)
         if growth is not None:
             growth.write(folder)
@@ -196,22 +213,29 @@ def _save_model(model: Model, recipe: Recipe, *, prepared: Prepared, folder: Pat
             save_head(model, folder=new, document=document)
 
 
-def _run(fit: Fit, *, folder: Path, index: Index, resume: bool) -> str:
-    """Train, and write down how it ended: `finished` or `early`, or whatever was raised."""
+@contextlib.contextmanager
+def _end_recorded(fit: Fit, *, folder: Path, index: Index, signals: "_Signals") -> Iterator[None]:
+    """Write down how a run ended where something was raised in the block; what the disk refuses then does not hide it."""
     try:
-        if resume:
-            fit.resume()
-        return fit.run().stopped
+        yield
+    except Interrupted:
+        signals.end()
+        if not fit.processes.is_first:
+            raise
+        with contextlib.suppress(StorageError):
+            record_end(index, folder, summary=summary_of(folder, fit, stopped="signal", state="stopped"))
+        raise
     except BaseException as error:
-        interrupted = isinstance(error, Interrupted)
-        if fit.processes.is_first:
-            if interrupted:
-                write_summary(folder, fit, stopped="signal", state="stopped")
-            index.finish_run(folder.name, state="stopped" if interrupted else "failed")
+        signals.end()
+        if isinstance(error, StorageError):
+            error.hint += "; with --resume it goes on from the last checkpoint"
+        if fit.processes.is_first and not Run(folder).finished:  # only its last line may not have reached the disk
+            with contextlib.suppress(StorageError):
+                index.finish_run(folder.name, state="failed")
         raise
 
 
-def _finish(fit: Fit, start: _Start, *, index: Index, stopped: str) -> None:
+def _finish(fit: Fit, start: _Start, *, index: Index, stopped: str, signals: "_Signals") -> None:
     """Save the model with the weights of the best validation loss, put together again where it was divided."""
     whole = None
     if fit.processes.divides:
@@ -220,19 +244,23 @@ def _finish(fit: Fit, start: _Start, *, index: Index, stopped: str) -> None:
     fit.restore_best(whole)
     _save_model(whole or fit.model, start.recipe, prepared=start.prepared, folder=start.folder / "model")
     record_tokenizer(start.folder)
-    write_summary(start.folder, fit, stopped=stopped, state="finished")
-    index.finish_run(start.folder.name, state="finished")
+    signals.end()
+    record_end(index, start.folder, summary=summary_of(start.folder, fit, stopped=stopped, state="finished"))
 
 
 class _Signals:
-    """SIGINT and SIGTERM ask the loop to save and stop; before the loop runs they stop at once. A second one kills.
+    """SIGINT and SIGTERM stop a run: at once before the loop and after it, and once the loop has saved while it runs.
 
-    Of several processes a second one does nothing: a terminal and torchrun both pass on the same Ctrl-C.
+    A second one does not wait for the loop; of several processes it does nothing, since a terminal and torchrun both pass
+    on the same Ctrl-C. While it is written down how a run ended, they change nothing.
     """
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
-        self.fit: Fit | None = None
+        self.has_folder = False
+        self._fit: Fit | None = None
+        self._phase: Literal["preparing", "training", "finishing", "ending"] = "preparing"
+        self._number: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_Signals":
@@ -245,13 +273,36 @@ class _Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.fit is None:
-            raise Interrupted("stopped before anything was trained", hint="run it again", signal_number=number)
-        if self.fit.signal_number is not None and self.processes.count == 1:
-            hint = "the same command with --resume goes on from the last checkpoint"
-            raise Interrupted("stopped at once, without saving", hint=hint, signal_number=number)
-        self.fit.signal_number = number
+    def train(self, fit: Fit) -> None:
+        """From here on the loop is asked; also about a signal whose exception a library kept for itself."""
+        self._fit, self._phase = fit, "training"
+        fit.signal_number = self._number
+
+    def finish(self) -> None:
+        """The loop is over and all it did is saved."""
+        self._phase = "finishing"
+        if self._number is not None:
+            raise self._stopped(self._number)
+
+    def end(self) -> None:
+        """How the run ended is being written down."""
+        self._phase = "ending"
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        first, self._number = self._number is None, number
+        if self._phase == "training" and (first or self.processes.count > 1):
+            assert self._fit is not None
+            self._fit.signal_number = number
+        elif self._phase != "ending":
+            raise self._stopped(number)
+
+    def _stopped(self, number: int) -> Interrupted:
+        again = "go on with the same command and --resume" if self.has_folder else "run the same command again"
+        if self._fit is None:
+            return Interrupted("stopped before anything was trained", hint=again, signal_number=number)
+        where = f"after step {self._fit.progress.step} of {self._fit.num_steps}"
+        saved = "what was saved is kept" if self._phase == "training" else "everything up to there is saved"
+        return Interrupted(f"stopped at once {where}; {saved}", hint=again, signal_number=number)
 
 
 def evaluate(

@@ -8,9 +8,11 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -359,12 +361,31 @@ def _run() -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM unwinds as Ctrl-C does, so that what is half written is removed."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # only the main thread may handle signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main() -> None:
     """Run a command and turn every foreseen error into two lines and an exit status."""
     _tolerant_streams()
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     try:
-        status = _run()
+        with _terminable():
+            status = _run()
         sys.stdout.flush()  # here, where a reader that is gone is no error
     except Interrupted as error:
         _say(f"\n{error.message}")
@@ -380,9 +401,9 @@ def main() -> None:
             sys.exit(2)
         where = f"{error.ctx.command_path} --help" if error.ctx else "tunesmith --help"
         _fail(error.format_message(), f"{where} shows how it is called", 2)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as stop:
         _say("\nstopped")
-        status = 130
+        status = 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except BrokenPipeError:
         with contextlib.suppress(OSError):  # what is still to be written at exit has no reader either
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -46,6 +46,7 @@ from tunesmith.runs import (
     own_rows,
     prepare_data,
     record_combined,
+    record_end,
     template_of_run,
     versions,
 )
@@ -321,8 +322,7 @@ def _write_run(plan: Plan, result: Result, *, name: str, workspace: Workspace, s
         "versions": versions(),
         "command": command_line(),
     }
-    write_json(folder / "run.json", value=summary)
-    index.finish_run(folder.name, state="finished")
+    record_end(index, folder, summary=summary)
     return folder
 
 

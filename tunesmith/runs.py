@@ -218,13 +218,20 @@ def resolved_of(recipe: Recipe, *, model: Model, prepared: Prepared, template: C
 
 
 def find_unfinished(workspace: Workspace, recipe: Recipe) -> Path:
-    """The newest unfinished run of this recipe."""
+    """The newest unfinished run of this recipe; one that was killed before anything was written down only if it is alone."""
+    found = []
     for folder in workspace.run_folders():
         summary = read_json(folder / "run.json")
-        started = (folder / "resolved.json").is_file() and (folder / CONTRACT).is_file()
-        if summary.get("name") == recipe.name and summary.get("state") != "finished" and started:
-            return folder
-    raise NotFoundError(f"there is no unfinished run of '{recipe.name}' to resume", hint="leave --resume out")
+        if summary.get("name") == recipe.name and summary.get("state") != "finished":
+            found.append(folder)
+    if not found:
+        raise NotFoundError(f"there is no unfinished run of '{recipe.name}' to resume", hint="leave --resume out")
+    return next((folder for folder in found if is_begun(folder)), found[0])
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether all that a run is made from was written down, so that something may have been trained."""
+    return (folder / "resolved.json").is_file() and (folder / CONTRACT).is_file()
 
 
 def check_unchanged(folder: Path, resolved: dict[str, Any]) -> None:
@@ -242,6 +249,7 @@ def check_unchanged(folder: Path, resolved: dict[str, Any]) -> None:
 def write_start(
     folder: Path, recipe: Recipe, resolved: dict[str, Any], *, prepared: Prepared, template: ChatTemplate
 ) -> None:
+    """Write down what the run is made from; the token contract last, see `is_begun`."""
     write_text(folder / "recipe.yaml", text=recipe.as_yaml())
     write_json(folder / "resolved.json", value=resolved)
     write_json(folder / "ledger.json", value=prepared.ledger)
@@ -284,7 +292,8 @@ def command_line() -> str:
     return " ".join(["tunesmith", *sys.argv[1:]]) if Path(sys.argv[0]).name == "tunesmith" else ""
 
 
-def write_summary(folder: Path, fit: Fit, *, stopped: str, state: str) -> None:
+def summary_of(folder: Path, fit: Fit, *, stopped: str, state: str) -> dict[str, Any]:
+    """What run.json says of a run that ended."""
     progress = fit.progress
     summary = read_json(folder / "run.json") | {
         "path": str(folder),
@@ -309,6 +318,12 @@ def write_summary(folder: Path, fit: Fit, *, stopped: str, state: str) -> None:
     }
     if (folder / VOCABULARY).is_file():
         summary["vocabulary"] = read_json(folder / VOCABULARY)
+    return summary
+
+
+def record_end(index: Index, folder: Path, *, summary: dict[str, Any]) -> None:
+    """Enter how a run ended. run.json comes last: what was cut short before it is done again by --resume."""
+    index.finish_run(folder.name, state=summary["state"], summary=summary)
     write_json(folder / "run.json", value=summary)
 
 

@@ -1,39 +1,86 @@
 """Writing to disk so that a crash leaves the old file or the new one, never half of one.
 
 Write beside, flush, fsync, rename, fsync the folder. A folder is filled under a temporary name and renamed whole.
+
+    .NAME.xxxxxxxx.tunesmith-partial        what will be NAME
+    .NAME.xxxxxxxx.old.tunesmith-partial    what was NAME
+
+Whoever writes holds a lock on such a file or folder, which ends with the process. So what a killed process left is known,
+and the next write into the same folder removes it, or puts back what had been moved aside and not yet replaced.
 """
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+from safetensors import SafetensorError
 
 from tunesmith.errors import NotFoundError, StorageError
 
 CHUNK_BYTES = 1 << 20
+PARTIAL, OLD = ".tunesmith-partial", ".old.tunesmith-partial"
+SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError while writing `path` into a StorageError that says what to do."""
+    """Turn an error of the system while writing `path` into a StorageError that says what to do."""
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
-        hint = {
-            errno.ENOSPC: "free some space on that disk, then run the same command again",
-            errno.EDQUOT: "the disk quota is used up: free some space, then run the same command again",
-            errno.EACCES: "check the permissions of that folder, or choose another with --workspace",
-            errno.EROFS: "that file system is read-only: choose another folder with --workspace",
-        }.get(error.errno or 0, "check the disk; what was written before is untouched")
-        raise StorageError(f"cannot write: {error.strerror or error}", file=path, hint=hint) from error
+        raise _storage_error(path, number=error.errno or 0, what=error.strerror or str(error)) from error
+    except SafetensorError as error:  # which holds the system's error as text
+        found = SYSTEM_ERROR.search(str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise _storage_error(path, number=number, what=os.strerror(number)) from error
+
+
+def _storage_error(path: Path, *, number: int, what: str) -> StorageError:
+    hint = {
+        errno.ENOSPC: "free some space on that disk, then run the same command again",
+        errno.EDQUOT: "the disk quota is used up: free some space, then run the same command again",
+        errno.EFBIG: "files may not be that large there: raise the limit (ulimit -f), or choose another --workspace",
+        errno.EACCES: "check the permissions of that folder, or choose another with --workspace",
+        errno.EROFS: "that file system is read-only: choose another folder with --workspace",
+    }.get(number, "check the disk; what was written before is untouched")
+    return StorageError(f"cannot write: {what}", file=path, hint=hint)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until the block is over, so that a write is not cut short by them."""
+    came: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if number not in came:
+            came.append(number)
+
+    before = {}
+    with contextlib.suppress(ValueError):  # only the main thread is sent signals, and may handle them
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, remember)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for held in came:
+            signal.raise_signal(held)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -45,22 +92,82 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def partial(path: Path, *, folder: bool) -> Iterator[Path]:
+    """A locked temporary file or folder beside `path`; whatever of it was not renamed is gone after the block."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent)
+    temporary, descriptor = _new_partial(path, folder=folder)
+    try:
+        yield temporary
+    finally:
+        try:
+            if folder:
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+        finally:
+            os.close(descriptor)
+
+
+def _new_partial(path: Path, *, folder: bool) -> tuple[Path, int]:
+    """Made, with the descriptor that holds its lock."""
+    while True:
+        temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}{PARTIAL}"
+        if folder:
+            os.mkdir(temporary, 0o700)
+        else:
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        with contextlib.suppress(FileNotFoundError):  # another process took it for one that was left
+            descriptor = os.open(temporary, os.O_RDONLY)
+            _lock(descriptor, wait=True)
+            if temporary.exists():
+                return temporary, descriptor
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool:
+    """Lock an open file or folder until it is closed; False where another has the lock, or the file system knows none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writes that were cut short left in `folder`, and put back what they had moved aside."""
+    for path in folder.glob(f".*{PARTIAL}"):
+        with contextlib.suppress(OSError):  # two processes may sweep at once
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                if _lock(descriptor, wait=False):
+                    _settle(path)
+            finally:
+                os.close(descriptor)
+
+
+def _settle(path: Path) -> None:
+    """Remove what a killed process left, or put it back."""
+    target = path.parent / path.name[1:].rsplit(".", 3)[0]
+    if path.name.endswith(OLD) and not target.exists():
+        os.replace(path, target)
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
+
+
 def write_bytes(path: Path, *, data: bytes) -> None:
     """Replace the file `path` by `data` atomically and durably; creates its folder."""
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+    with storage_errors(path), partial(path, folder=False) as temporary:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
         fsync_folder(path.parent)
 
 
@@ -81,34 +188,42 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     Every file in it is fsynced before the rename. An existing folder `path` is replaced; with `replace=False`, for folders
     named by their content, it is kept, and what was written here is dropped.
     """
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with storage_errors(path), partial(path, folder=True) as temporary:
+        yield temporary
+        for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        for folder in [p for p in temporary.rglob("*") if p.is_dir()]:
+            fsync_folder(folder)
+        fsync_folder(temporary)
+        os.chmod(temporary, 0o755)
+        if not replace:
+            _rename_unless_there(temporary, path)
+        elif path.exists():
+            _exchange(temporary, path)
+        else:
+            os.replace(temporary, path)
+        fsync_folder(path.parent)
+
+
+def _exchange(temporary: Path, path: Path) -> None:
+    """Put a folder in the place of another, which is back there if that fails."""
+    aside = path.parent / f".{path.name}.{secrets.token_hex(4)}{OLD}"
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _lock(descriptor, wait=False)
+        os.replace(path, aside)
         try:
-            yield temporary
-            for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
-                descriptor = os.open(file, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-            for folder in [p for p in temporary.rglob("*") if p.is_dir()]:
-                fsync_folder(folder)
-            fsync_folder(temporary)
-            os.chmod(temporary, 0o755)
-            if not replace:
-                _rename_unless_there(temporary, path)
-            elif path.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-                os.replace(path, old / "content")
-                os.replace(temporary, path)
-                shutil.rmtree(old)
-            else:
-                os.replace(temporary, path)
-            fsync_folder(path.parent)
+            os.replace(temporary, path)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            os.replace(aside, path)
             raise
+        shutil.rmtree(aside)
+    finally:
+        os.close(descriptor)
 
 
 def _rename_unless_there(temporary: Path, path: Path) -> None:

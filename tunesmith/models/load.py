@@ -246,7 +246,7 @@ class Model:
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer's files."""
-        self.tokenizer.backend.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.json").write_text(self.tokenizer.backend.to_str(pretty=True), "utf-8")
         config = {k: v for k, v in self.tokenizer.config.items() if k != "chat_template"}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), "utf-8")
         if self.tokenizer.chat_template is not None:

@@ -187,13 +187,13 @@ class Index:
             run.datasets = [RunDataset(run=name, role=role, digest=digest) for role, digest in datasets.items()]
             session.add(run)
 
-    def finish_run(self, name: str, *, state: State) -> None:
-        """Record how a run ended, with the `run.json` and the bytes of the `model/` (if any) in its folder.
+    def finish_run(self, name: str, *, state: State, summary: dict[str, Any] | None = None) -> None:
+        """Record how a run ended, with its `summary` and the bytes of the `model/` (if any) in its folder.
 
-        Raises NotFoundError, StorageError.
+        The summary is that of `run.json` unless given, by who will write it there. Raises NotFoundError, StorageError.
         """
         folder = self.located(self.run(name).path)
-        summary = read_json(folder / "run.json")
+        summary = read_json(folder / "run.json") if summary is None else summary
         model_digest = digest_of(folder / "model") if (folder / "model").is_dir() else None
         with self._session(write=True) as session:
             run = session.get_one(Run, name)
@@ -318,6 +318,8 @@ class Index:
             problem = str(error.orig)
             if "locked" in problem:
                 hint = "another process is writing: run the same command again"
+            elif "full" in problem:
+                hint = "free some space on that disk, then run the same command again"
             elif "malformed" in problem or "not a database" in problem:
                 hint = "move that file away: a new one is begun, and the run folders still hold all results"
             else:

@@ -13,13 +13,21 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from tunesmith.errors import NotFoundError, StorageError
-from tunesmith.storage import CHUNK_BYTES, fsync_folder, new_folder, sha256_file, storage_errors, write_bytes
+from tunesmith.storage import (
+    CHUNK_BYTES,
+    fsync_folder,
+    new_folder,
+    partial,
+    sha256_file,
+    storage_errors,
+    sweep,
+    write_bytes,
+)
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -39,6 +47,7 @@ class Store:
         """
         digest = _sha256(_file(path))
         target = self._object(digest)
+        sweep(target.parent)
         if not _holds(target, digest=digest):
             changed = StorageError("changed while it was read", file=path, hint="try again when nothing writes to it")
             _bring(path, to=target, digest=digest, otherwise=changed, link=link, mode=0o444)
@@ -162,14 +171,12 @@ def _holds(path: Path, *, digest: str) -> bool:
 
 def _bring(source: Path, *, to: Path, digest: str, otherwise: StorageError, link: bool, mode: int) -> None:
     """Bring the bytes of `source` to `to` whole or not at all; raise `otherwise` if they are not those of `digest`."""
-    with storage_errors(to):
-        to.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=to.parent) as folder:
-            beside = Path(folder) / "file"
-            if not (link and _linked(source, to=beside)) and _copied(source, to=beside) != digest:
-                raise otherwise
-            beside.chmod(mode)
-            os.replace(beside, to)
+    with storage_errors(to), partial(to, folder=True) as folder:
+        beside = folder / "file"
+        if not (link and _linked(source, to=beside)) and _copied(source, to=beside) != digest:
+            raise otherwise
+        beside.chmod(mode)
+        os.replace(beside, to)
         fsync_folder(to.parent)
 
 

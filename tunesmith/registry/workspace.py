@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tunesmith.errors import NotFoundError, RecipeError, StorageError
-from tunesmith.storage import read_json, storage_errors, write_json, write_text
+from tunesmith.storage import new_folder, read_json, storage_errors, sweep, write_json, write_text
 
 FOLDER = ".tunesmith"
 VARIABLE = "TUNESMITH_WORKSPACE"
@@ -58,6 +58,7 @@ class Workspace:
         """
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            sweep(self.path)
             own = {self.runs.name, self.cache.name, self.store.name}
             names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(self.index.name)}
             if names <= own:
@@ -73,12 +74,11 @@ class Workspace:
         self.create()
         while (folder := self.runs / f"{name}-{secrets.token_hex(4)}").exists():
             pass
-        with storage_errors(folder):
-            folder.mkdir(parents=True)
-        write_json(
-            folder / "run.json",
-            value={"run": folder.name, "name": name, "created": timestamp(), "state": "started"},
-        )
+        with new_folder(folder) as new:
+            write_json(
+                new / "run.json",
+                value={"run": folder.name, "name": name, "created": timestamp(), "state": "started"},
+            )
         return folder
 
     def run_folders(self) -> list[Path]:

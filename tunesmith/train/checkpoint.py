@@ -3,23 +3,26 @@
     checkpoints/step-000120/{state.safetensors, state.json}     state.json holds its own SHA-256 and the tensors'
     checkpoints/best/                                           the same, of the best validation loss
 
-A folder is filled beside its final name, synced and renamed. The two newest verified ones are kept; an older one is
-removed only after the new one was read back. `latest` falls back to the one before when the newest is damaged.
+A folder is filled beside its final name, synced and renamed; signals wait meanwhile. Two that verify are kept: an older one
+is removed only after the new one and the one before it were read back. `latest` falls back where the newest is damaged.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tunesmith.errors import StorageError
 from tunesmith.methods.base import save_tensors
-from tunesmith.storage import new_folder, sha256_file, storage_errors
+from tunesmith.storage import new_folder, sha256_file, signals_held, storage_errors, sweep
 
 TENSORS, STATE = "state.safetensors", "state.json"
 KEEP = 2
@@ -28,18 +31,31 @@ KEEP = 2
 def save(folder: Path, *, name: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
     """Write one checkpoint and read it back; raises StorageError and leaves the ones before as they are."""
     target = folder / name
-    with storage_errors(target), new_folder(target) as new:
-        try:
+    with signals_held():
+        with new_folder(target) as new:
             save_tensors(tensors, path=new / TENSORS)
-        except SafetensorError as error:  # safetensors wraps the operating system's error in its own
-            raise StorageError(
-                f"cannot write: {error}", file=target, hint="free some space, then run the same command with --resume"
-            ) from error
-        body = {"state": state, "tensors_sha256": sha256_file(new / TENSORS)}
-        sealed = body | {"sha256": _digest(body)}
-        (new / STATE).write_text(json.dumps(sealed, indent=1), "utf-8")
-    verify(target)
+            _check_written(tensors, path=new / TENSORS)
+            body = {"state": state, "tensors_sha256": sha256_file(new / TENSORS)}
+            sealed = body | {"sha256": _digest(body)}
+            (new / STATE).write_text(json.dumps(sealed, indent=1), "utf-8")
+        verify(target)
     return target
+
+
+def _check_written(tensors: dict[str, Tensor], *, path: Path) -> None:
+    """StorageError where the file holds other bits than memory: from here on only its hash is known."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            same = all(_same_bits(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+    except SafetensorError:
+        same = False
+    if not same:
+        raise StorageError("what was written reads back otherwise", file=path, hint="check the disk")
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    a, b = (t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in (a, b))
+    return torch.equal(a, b)
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -50,10 +66,16 @@ def verify(folder: Path) -> dict[str, Any]:
         intact = seal == _digest(body) and body["tensors_sha256"] == sha256_file(folder / TENSORS)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(
-            f"the checkpoint cannot be read: {error}", file=folder, hint="an older one is used"
+            f"the checkpoint cannot be read: {error}",
+            file=folder,
+            hint="bring it back from a copy, or train a new run without --resume",
         ) from error
     if not intact:
-        raise StorageError("the checkpoint's bytes are not those written", file=folder, hint="an older one is used")
+        raise StorageError(
+            "the checkpoint's bytes are not those written",
+            file=folder,
+            hint="bring it back from a copy, or train a new run without --resume",
+        )
     return body["state"]
 
 
@@ -72,26 +94,39 @@ def steps(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
 
 
-def latest(folder: Path, *, warn: Any) -> Path | None:
+def latest(folder: Path, *, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that verifies.
 
-    Each damaged one is told to `warn` as a sentence, and removed once a good one was found: its step will be saved again.
+    Each damaged one is told to `warn` as a sentence, and removed once that is known: its step will be saved again.
     """
-    damaged = []
-    for path in steps(folder):
-        try:
-            verify(path)
-        except StorageError as error:
-            warn(f"{error.file}: {error.message}; the one before it is used")
-            damaged.append(path)
-        else:
-            for old in damaged:
-                shutil.rmtree(old)
-            return path
-    return None
+    with storage_errors(folder):
+        sweep(folder)
+        damaged: dict[Path, str] = {}
+        found = None
+        for path in steps(folder):
+            try:
+                verify(path)
+            except StorageError as error:
+                damaged[path] = error.message
+            else:
+                found = path
+                break
+        instead = "the run begins again" if found is None else f"{found.name}, the one before it, is used"
+        for path, what in damaged.items():
+            warn(f"{path}: {what}; {instead}")
+            shutil.rmtree(path)
+    remove_old(folder)
+    return found
 
 
 def remove_old(folder: Path) -> None:
-    """Keep the newest KEEP step checkpoints."""
-    for path in steps(folder)[KEEP:]:
-        shutil.rmtree(path)
+    """Keep the newest, which was just read back, and those below it until KEEP verify."""
+    verified = 1
+    with storage_errors(folder):
+        for path in steps(folder)[1:]:
+            if verified == KEEP:
+                shutil.rmtree(path)
+            else:
+                with contextlib.suppress(StorageError):
+                    verify(path)
+                    verified += 1

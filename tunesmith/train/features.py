@@ -22,6 +22,7 @@ from tunesmith.data.tokens import TokenStore
 from tunesmith.data.types import Sequence
 from tunesmith.models.blocks import block_output, hidden_and_boundary, hidden_from
 from tunesmith.models.load import Model
+from tunesmith.storage import storage_errors
 
 MAX_BYTES = 16 << 30
 MAX_SHARE_OF_FREE = 0.5
@@ -48,7 +49,8 @@ class FrozenFeatures:
 
     def open(self) -> bool:
         """Make or take up the files; False where the disk has no room."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with storage_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         if (
             self.num_bytes > min(MAX_BYTES, MAX_SHARE_OF_FREE * shutil.disk_usage(self.folder).free)
             and not self._there()
@@ -100,8 +102,9 @@ class FrozenFeatures:
 
     def flush(self) -> None:
         """Everything written is on the disk."""
-        self._hidden_PD.flush()
-        self._stamp_P.flush()
+        with storage_errors(self.folder):
+            self._hidden_PD.flush()
+            self._stamp_P.flush()
 
     def forget_after(self, step: int) -> None:
         """Forget what steps after the first `step` wrote."""

@@ -493,7 +493,7 @@ class Fit:
     def restore_best(self, model: Model | None = None) -> None:
         """Give the model, or a whole one like it, the weights of the best validation loss, or else the last ones."""
         best = self.folder / "best"
-        path = best if best.is_dir() else None
+        path = best if self.progress.best_step is not None or best.is_dir() else None
         if path is None and model is not None:
             path = checkpoint.latest(self.folder, warn=self.observer.message)
         if path is not None:
