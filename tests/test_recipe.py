@@ -139,6 +139,12 @@ BROKEN = {
         ["'method.rank' belongs to method lora, qlora, vera and has no effect on full"],
         ["{kind: lora}"],
     ),
+    "a setting that is idle in some objectives": (
+        "data: {train: a}\nobjective:\n  kind: instruction\n  head_rate_factor: 8",
+        4,
+        ["belongs to objective classification, token_classification, regression and has no effect on instruction"],
+        ["{kind: classification}"],
+    ),
     "an unknown setting of a method": ("data: {train: a}\nmethod: {kind: lora, rnk: 8}", 2, ["'method.rnk'"], ["rank"]),
     "an unknown method": ("data: {train: a}\nmethod: loar", 2, ["no method 'loar'", "lora, full"], ["'lora'"]),
     "an unknown objective": ("data: {train: a}\nobjective: causl", 2, ["no objective 'causl'"], ["'causal'"]),

@@ -226,7 +226,8 @@ def _unknown(path: list[str], value: Any) -> tuple[str, str]:
         if kinds is not None:
             given = value[section] if isinstance(value[section], str) else value[section].get("kind")
             model = kinds[given]
-            owners = [k for k, m in kinds.items() if key in m.model_fields]
+            idle = {k: m.idle for k, m in OBJECTIVES.items()}
+            owners = [k for k, m in kinds.items() if key in m.model_fields and key not in idle.get(k, ())]
             if owners:
                 return (
                     f"'{'.'.join(path)}' belongs to {section} {', '.join(owners)} and has no effect on {given}",
