@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tunesmith import api
+from tunesmith import api, storage
 from tunesmith.data.types import Message
 from tunesmith.errors import (
     DataError,
@@ -27,8 +27,10 @@ from tunesmith.errors import (
 )
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.generate.sampling import Sampling
+from tunesmith.models import base as models_base
 from tunesmith.models.load import Model, load_model
 from tunesmith.recipe import Recipe, load_recipe
+from tunesmith.registry import store
 from tunesmith.registry.workspace import Workspace
 from tunesmith.train.observers import Silent
 
@@ -355,6 +357,46 @@ def test_a_run_is_found_by_its_names(project, shared):
         assert api.find_run(name, workspace=workspace).path.resolve() == run.path.resolve()
     with pytest.raises(NotFoundError, match="toy"):
         api.find_run("tony", workspace=workspace)
+
+
+def test_a_name_means_the_newest_finished_run_where_a_model_is_needed(project, shared, capsys):
+    """And the newest of all where runs are looked at."""
+    done = tune(project, "train.max_steps=1")
+    newer = tune(project, "train.max_steps=1")
+    other = tune(project, "name=other", "train.max_steps=1")
+    for run, state in ((newer, "stopped"), (other, "started")):
+        summary = json.loads((run.path / "run.json").read_text())
+        (run.path / "run.json").write_text(json.dumps(summary | {"state": state}))
+    workspace = Workspace(project / "w")
+    for name, unfinished in (("toy", f"{newer.name} is stopped"), ("latest", f"{other.name} is started")):
+        capsys.readouterr()
+        assert api.load(name, workspace=workspace).run.name == done.name
+        assert f"{unfinished}: taking {done.name}, the newest finished run" in capsys.readouterr().err
+    assert api.find_run("toy", workspace=workspace).name == newer.name
+    assert evaluate(project, "toy", settings=EvaluateSettings(against=("base",))).document["run"] == done.name
+    api.export("toy", form="peft", out=project / "out", workspace=workspace)
+    capsys.readouterr()
+    for name in (newer.name, newer.name[:-1], str(newer.path), "other"):
+        with pytest.raises(NotFoundError, match="has no model yet"):
+            api.load(name, workspace=workspace)
+    assert api.load(done.name, workspace=workspace).run.name == done.name
+    assert capsys.readouterr().err == ""
+
+
+def test_the_base_is_read_once_to_be_hashed(project, monkeypatch):
+    read = []
+    hashed = storage.sha256_file
+
+    def counted(path: Path) -> str:
+        read.append(Path(path).resolve())
+        return hashed(path)
+
+    for module in (models_base, store):
+        monkeypatch.setattr(module, "sha256_file", counted)
+    run = tune(project, "train.max_steps=1")
+    files = [path for path in read if path.parent == (project / "base").resolve()]
+    assert sorted(files) == sorted(path.resolve() for path in (project / "base").iterdir())
+    assert api.index_of(Workspace(project / "w")).lineage(run.name).base.state == "verified"  # its bytes are read again
 
 
 def test_a_run_is_usable_from_any_folder(project, monkeypatch, tmp_path):

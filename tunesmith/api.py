@@ -319,7 +319,7 @@ def evaluate(
     rows. Raises DataError where there are none.
     """
     workspace = workspace or find_workspace()
-    run = find_run(run, workspace=workspace)
+    run = find_run(run, workspace=workspace, finished=True)
     settings = settings or run.recipe.evaluate
     tuned = load(run, workspace=workspace)
     recipe = run.recipe
@@ -404,7 +404,7 @@ def export(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         what = "the folder is not empty" if out.is_dir() else "this is a file"
         raise StorageError(what, file=out, hint="give a new folder with --out")
-    run = find_run(run, workspace=workspace)
+    run = find_run(run, workspace=workspace, finished=True)
     method, objective = run.recipe.method, run.recipe.objective
     if form == "peft" and method.peft_type is None:
         raise RecipeError(f"PEFT has no adapters of the kind '{method.kind}'", hint="use --format merged")
@@ -490,7 +490,7 @@ def load_several(
     if not runs:
         raise RecipeError("no run is given", hint="name the runs to load")
     given = list(runs.values()) if isinstance(runs, Mapping) else list(runs)
-    found = [find_run(run, workspace=workspace) for run in given]
+    found = [find_run(run, workspace=workspace, finished=True) for run in given]
     named = dict(zip(runs if isinstance(runs, Mapping) else [run.name for run in found], found, strict=True))
     several = load_adapters(found, names=list(named), device=device)
     return TunedSeveral(several, named, {n: template_of_run(r, model=several.model) for n, r in named.items()})
@@ -521,6 +521,6 @@ def combine(
     from tunesmith.combining import combine_runs
 
     workspace = workspace or find_workspace()
-    found = [find_run(run, workspace=workspace) for run in runs]
+    found = [find_run(run, workspace=workspace, finished=True) for run in runs]
     plan = plan_combination(found, how=how, weights=weights, density=density, rank=rank, seed=seed)
     return combine_runs(plan, name=name, rows=rows, workspace=workspace, on_progress=on_progress)

@@ -180,7 +180,7 @@ def evaluate(
     from tunesmith.texts import evaluation_text
 
     space = _workspace(workspace)
-    found = find_run(run, workspace=space)
+    found = find_run(run, workspace=space, finished=True)
     settings = evaluation_settings(found, against=against, rows=rows)
     evaluation = run_evaluate(found, data=data, settings=settings, workspace=space, on_progress=_say)
     report = found.path / "report.html"

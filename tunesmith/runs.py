@@ -35,7 +35,7 @@ from tunesmith.models.load import Model, load_model
 from tunesmith.recipe import Recipe
 from tunesmith.registry.index import Index
 from tunesmith.registry.store import Store
-from tunesmith.registry.workspace import Workspace, find_workspace
+from tunesmith.registry.workspace import LATEST, Workspace, find_workspace, recipe_name
 from tunesmith.storage import read_json, write_json, write_text
 from tunesmith.train.loop import Fit
 from tunesmith.train.memory import peak_memory_bytes
@@ -284,7 +284,7 @@ def _record_base(index: Index, recipe: Recipe, *, model: Model, parameters: int)
     """Enter a recipe's base, which has so many `parameters`; its digest."""
     path = Path(recipe.base.config) if isinstance(recipe.base, NewBase) else resolve_base(recipe.base)
     kind = str(model.causal.config.model_type)
-    return index.record_base(path, name=model.name, model_type=kind, parameters=parameters)
+    return index.record_base(path, name=model.name, model_type=kind, parameters=parameters, known=model.files)
 
 
 def command_line() -> str:
@@ -327,11 +327,26 @@ def record_end(index: Index, folder: Path, *, summary: dict[str, Any]) -> None:
     write_json(folder / "run.json", value=summary)
 
 
-def find_run(run: Run | Path | str, *, workspace: Workspace | None = None) -> Run:
-    """A run by name, unique beginning, recipe name, `latest`, or path."""
+def find_run(run: Run | Path | str, *, workspace: Workspace | None = None, finished: bool = False) -> Run:
+    """A run by name, unique beginning, recipe name, `latest`, or path.
+
+    With `finished`, a recipe's name and `latest` mean the newest finished run where there is one; standard error hears of
+    it where a newer one is not.
+    """
     if isinstance(run, Run):
         return run
-    return Run((workspace or find_workspace()).find_run(str(run)))
+    space, name = workspace or find_workspace(), str(run)
+    found = Run(space.find_run(name))
+    if not finished or found.finished or name not in (LATEST, recipe_name(found.name)):
+        return found
+    for folder in space.run_folders():
+        other = Run(folder)
+        with contextlib.suppress(StorageError):  # of another run
+            if name in (LATEST, recipe_name(other.name)) and other.finished:
+                state = found.summary.get("state")
+                print(f"{found.name} is {state}: taking {other.name}, the newest finished run", file=sys.stderr)
+                return other
+    return found
 
 
 def check_finished(run: Run) -> None:

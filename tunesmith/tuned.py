@@ -105,7 +105,7 @@ def load(run: Run | Path | str, *, workspace: Workspace | None = None, device: s
 
     Raises NotFoundError where the run has no model yet, TemplateError where the contract is broken.
     """
-    run = find_run(run, workspace=workspace)
+    run = find_run(run, workspace=workspace, finished=True)
     folder = run.path / "model"
     check_finished(run)
     where = device_named(device)

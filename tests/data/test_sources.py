@@ -92,9 +92,9 @@ def write_kind(path):
             "a.json": array.encode(),
             "array.jsonl": b" \n" + json.dumps(ROWS, indent=2).encode() + b"\n\n",
             "comma.json": array.replace("]", ",\n]").encode(),
-            "a.jsonl.gz": gzip.compress(lines.encode()),
+            "a.jsonl.gz": gzip.compress(lines.encode(), mtime=0),
             "A.JSON.XZ": lzma.compress(array.encode()),
-            "gzip_by_content.jsonl": gzip.compress(lines.encode()),
+            "gzip_by_content.jsonl": gzip.compress(lines.encode(), mtime=0),
         }[path.name]
         path.write_bytes(content)
 
@@ -278,7 +278,7 @@ def test_parquet_texts_that_are_not_utf8_cost_their_row(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-20]),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-20]),
         ("a.jsonl.xz", lzma.compress(b'{"a": 1}\n' * 1000)[:-20]),
         ("a.parquet", b"PAR1 no table PAR1"),
         ("a.xlsx", b"PK\x03\x04"),

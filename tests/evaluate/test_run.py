@@ -245,6 +245,36 @@ def test_a_model_that_is_broken_is_refused(build_model, template):
 # --------------------------------------------------------------------------------------------------------- rows
 
 
+@pytest.mark.parametrize("shots", [(), SHOTS])
+def test_a_row_is_rendered_once_for_each_prompt_that_shows_it(tuned, template, monkeypatch, shots):
+    """Whether it fits, and what every system with the same prompt is given."""
+    rendered = []
+    sequences = ChatTemplate.sequences
+
+    def counted(self, examples):
+        rendered.extend(examples)
+        return sequences(self, examples)
+
+    monkeypatch.setattr(ChatTemplate, "sequences", counted)
+    systems = [*tuned_and_base(tuned), System("few_shot", tuned, lambda: LORA.disabled(tuned), shots)]
+    evaluate(systems, template, metrics=("perplexity",))
+    assert len(rendered) == len(ROWS) * (2 if shots else 1)
+
+
+def test_a_text_is_read_once_for_all_systems(tuned, template, monkeypatch):
+    read = []
+    sequences = Causal.sequences
+
+    def counted(self, examples, **given):
+        read.extend(examples)
+        return sequences(self, examples, **given)
+
+    monkeypatch.setattr(Causal, "sequences", counted)
+    rows = [Example(Origin("t", i), "text", text=f"the text number {i}") for i in range(4)]
+    evaluate(tuned_and_base(tuned), template, rows)
+    assert len(read) == 4
+
+
 def test_some_rows_are_drawn_by_the_seed(base, template):
     rows = [example(f"number {i}?", "x", line=i + 1) for i in range(30)]
 

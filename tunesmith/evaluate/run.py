@@ -118,6 +118,31 @@ def _characters(example: Example) -> int:
     return sum(len(m.content) for m in example.messages)
 
 
+class _Rendered:
+    """What is read and trained of rows: rendered once for all systems that show them alike."""
+
+    def __init__(self, template: ChatTemplate, objective: Objective):
+        self.template, self.objective = template, objective
+        self._found: dict[tuple[int, ...], list[Sequence]] = {}  # by identities: rows and shots live as long as this
+
+    def of(self, example: Example, *, system: System) -> list[Sequence]:
+        """The row's sequences, its reference alone trained, in the context of a system's model."""
+        template = system.template or self.template
+        room = system.model.room_tokens if example.text is not None else 0
+        key = (id(example), id(template), room, *map(id, system.shots))
+        if key not in self._found:
+            self._found[key] = self._render(example, template=template, shots=system.shots, room=room)
+        return self._found[key]
+
+    def _render(
+        self, example: Example, *, template: ChatTemplate, shots: tuple[Example, ...], room: int
+    ) -> list[Sequence]:
+        if example.text is not None:
+            return self.objective.sequences([example], template=template, max_tokens=room)[0]
+        prompt = prompt_messages(example, shots=shots, plain=template.plain)
+        return template.sequences([only_last(example, prompt)])[0]
+
+
 def evaluate_systems(
     systems: list[System],
     *,
@@ -133,7 +158,8 @@ def evaluate_systems(
 
     `examples` are held-out rows of one kind (conversations or plain texts). Raises DataError where none is left.
     """
-    fitting = _fitting(examples, systems=systems, template=template)
+    rendered = _Rendered(template, objective)
+    fitting = _fitting(examples, systems=systems, rendered=rendered)
     kept = drawn(fitting, settings=settings)
     names = settings.metrics or default_metrics(kept)
     if any(system.template is not None for system in systems):
@@ -148,7 +174,7 @@ def evaluate_systems(
                 system,
                 kept,
                 template=system.template or template,
-                objective=objective,
+                rendered=rendered,
                 settings=settings,
                 generated=generated,
             )
@@ -169,19 +195,15 @@ def evaluate_systems(
     )
 
 
-def _fitting(examples: list[Example], *, systems: list[System], template: ChatTemplate) -> list[Example]:
+def _fitting(examples: list[Example], *, systems: list[System], rendered: _Rendered) -> list[Example]:
     """The rows that fit into the context with every system's prompt."""
     limit = systems[0].model.room_tokens
-    shots = max((s.shots for s in systems), key=len)
-    kept = []
-    for example in examples:
-        if example.text is None:
-            messages = prompt_messages(example, shots=shots, plain=template.plain)
-            whole = only_last(example, messages)
-            if max(s.num_context_tokens for s in template.sequences([whole])[0]) > limit:
-                continue
-        kept.append(example)
-    return kept
+    longest = max(systems, key=lambda system: len(system.shots))
+    return [
+        example
+        for example in examples
+        if example.text is not None or max(s.num_context_tokens for s in rendered.of(example, system=longest)) <= limit
+    ]
 
 
 def _check_metrics(names: tuple[str, ...], examples: list[Example]) -> None:
@@ -215,17 +237,15 @@ def _answer(
     examples: list[Example],
     *,
     template: ChatTemplate,
-    objective: Objective,
+    rendered: _Rendered,
     settings: EvaluateSettings,
     generated: bool,
 ) -> Answers:
     started = time.perf_counter()
-    prompts = [
-        [] if e.text is not None else prompt_messages(e, shots=system.shots, plain=template.plain) for e in examples
-    ]
-    nll_B, tokens_B = _likelihood(system.model, examples, prompts, template=template, objective=objective)
+    nll_B, tokens_B = _likelihood(system.model, [rendered.of(example, system=system) for example in examples])
     answers = Answers(nll_B=nll_B, tokens_B=tokens_B)
     if generated:
+        prompts = [prompt_messages(e, shots=system.shots, plain=template.plain) for e in examples]
         ids = [template.prompt(p, tools=e.tools).ids for p, e in zip(prompts, examples, strict=True)]
         generator = Generator(system.model, stop_ids=template.stop_ids(), batch_rows=settings.batch_rows)
         completions = generator.generate(ids, sampling=Sampling(max_tokens=settings.max_tokens))
@@ -235,27 +255,14 @@ def _answer(
     return answers
 
 
-def _likelihood(
-    model: Model,
-    examples: list[Example],
-    prompts: list[list[Message]],
-    *,
-    template: ChatTemplate,
-    objective: Objective,
-) -> tuple[np.ndarray, np.ndarray]:
+def _likelihood(model: Model, rows: list[list[Sequence]]) -> tuple[np.ndarray, np.ndarray]:
     """Negative log-likelihood (nats) and number of target tokens of each row's reference."""
-    sequences: list[Sequence] = []
-    for row, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
-        if example.text is not None:
-            found = objective.sequences([example], template=template, max_tokens=model.room_tokens)[0]
-        else:
-            found = template.sequences([only_last(example, prompt)])[0]
-        sequences += [replace(s, row=row) for s in found]
-    tokens_B = np.zeros(len(examples))
+    sequences = [replace(sequence, row=row) for row, found in enumerate(rows) for sequence in found]
+    tokens_B = np.zeros(len(rows))
     np.add.at(tokens_B, [s.row for s in sequences], [s.num_targets for s in sequences])
     was_training = model.causal.training
     model.causal.eval()
-    nll_B = -model.row_logprobs(sequences, num_rows=len(examples), max_tokens=PACK_TOKENS)
+    nll_B = -model.row_logprobs(sequences, num_rows=len(rows), max_tokens=PACK_TOKENS)
     model.causal.train(was_training)
     if not np.isfinite(nll_B).all():
         raise ModelError("the model gives probabilities that are not finite", hint="evaluate another checkpoint")

@@ -196,10 +196,12 @@ def first_position(config: dict[str, Any]) -> int:
     return int(config.get("pad_token_id") or 0) + 1 if config.get("model_type") in AFTER_PADDING else 0
 
 
-def digest_folder(folder: Path) -> str:
+def file_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each of a model's files, by name."""
+    paths = (path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".json", ".jinja"))
+    return {path.name: sha256_file(path) for path in paths}
+
+
+def digest_files(digests: dict[str, str]) -> str:
     """SHA-256 over the names and bytes of a model's files."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".json", ".jinja"):
-            digest.update(f"{path.name} {sha256_file(path)}\n".encode())
-    return digest.hexdigest()
+    return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in digests.items()).encode()).hexdigest()

@@ -9,7 +9,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from tunesmith.models.base import (
     NewBase,
     config_path,
     context_of,
-    digest_folder,
+    digest_files,
+    file_digests,
     first_position,
     read_config,
     start_token,
@@ -65,7 +66,7 @@ class Model:
 
     `causal` is the transformers model, `folder` where it came from (None for a new one), `digest` the SHA-256 of all
     its bytes, `context_tokens` the longest sequence it was made for, `outputs` the head of an objective that has one
-    (models/heads.py).
+    (models/heads.py), `files` the SHA-256 of each file in the folder as it was loaded.
     """
 
     causal: Any
@@ -75,6 +76,7 @@ class Model:
     digest: str
     context_tokens: int
     outputs: torch.nn.Linear | None = None
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -322,9 +324,10 @@ def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, dev
             file=folder,
             hint="use the tokenizer that belongs to the model",
         )
-    digest = digest_folder(folder) if folder is not None else _digest_new(base, raw, tokenizer)
+    files = {} if folder is None else file_digests(folder)
+    digest = digest_files(files) if files else _digest_new(base, raw, tokenizer)
     name = base if isinstance(base, str) else "new"
-    return Model(causal, tokenizer, name, folder, digest, context_of(raw))
+    return Model(causal, tokenizer, name, folder, digest, context_of(raw), files=files)
 
 
 def _config_without_dropout(folder: Path | None, raw: dict[str, Any], path: Path) -> Any:

@@ -153,12 +153,14 @@ class Index:
             session.add(dataset)
         return digest
 
-    def record_base(self, path: Path, *, name: str, model_type: str, parameters: int) -> str:
-        """Record the folder (or file) of a pre-trained model; returns its digest.
+    def record_base(
+        self, path: Path, *, name: str, model_type: str, parameters: int, known: Mapping[str, str] | None = None
+    ) -> str:
+        """Record the folder (or file) of a pre-trained model; returns its digest. `known` is as in `digest_of`.
 
         Raises NotFoundError, StorageError.
         """
-        digest = digest_of(path)
+        digest = digest_of(path, known=known)
         with self._session(write=True) as session:
             base = session.get(Base, digest) or Base(digest=digest, created=timestamp())
             base.name, base.path, base.model_type, base.parameters = name, self._stored(path), model_type, parameters

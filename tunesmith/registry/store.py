@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -115,10 +115,14 @@ class Store:
         return self.path / "folders" / _checked(digest)[:2] / digest[2:]
 
 
-def digest_of(path: Path) -> str:
-    """The digest a file or folder has in any store, without storing it. Raises NotFoundError, StorageError."""
+def digest_of(path: Path, *, known: Mapping[str, str] | None = None) -> str:
+    """The digest a file or folder has in any store, without storing it. Raises NotFoundError, StorageError.
+
+    `known` are digests of files in the folder, by name, that were read a moment ago.
+    """
     if path.is_dir():
-        return hashlib.sha256(_manifest({name: _sha256(file) for name, file in _files(path)})).hexdigest()
+        given = known or {}
+        return hashlib.sha256(_manifest({n: given.get(n) or _sha256(file) for n, file in _files(path)})).hexdigest()
     return _sha256(_file(path))
 
 
