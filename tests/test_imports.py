@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"export_head"},
     {"vocabulary"},
     {"tuned"},
-    {"combining", "proving"},
+    {"combining", "planning", "proving"},
     {"api"},
     {"chat", "checks", "init", "quickstart", "texts"},  # what single commands do
     {"cli", "serve", "studio", "feedback"},

@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from tunesmith.data.contract import FILE as CONTRACT
@@ -31,13 +30,12 @@ from tunesmith.evaluate.result import Evaluation
 from tunesmith.evaluate.run import System
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.generate.sampling import Sampling
-from tunesmith.methods.base import set_trainable_dtype
 from tunesmith.methods.several import Several
-from tunesmith.models.extended import train_new_rows
-from tunesmith.models.heads import attach_head, save_head
+from tunesmith.models.heads import save_head
 from tunesmith.models.load import Model, load_model
 from tunesmith.models.quantised import check_installed
 from tunesmith.objectives.headed import Headed
+from tunesmith.planning import Plan, check_before, make_plan
 from tunesmith.proving import prove_head, prove_text
 from tunesmith.recipe import Recipe, load_recipe
 from tunesmith.registry.index import Index
@@ -50,6 +48,7 @@ from tunesmith.runs import (
     find_run,
     find_unfinished,
     index_of,
+    make_trainable,
     own_rows,
     prepare_data,
     record_start,
@@ -82,6 +81,7 @@ def tune(
 
     With `resume`, the newest unfinished run of the same recipe goes on where it was. Raises any TunesmithError;
     `Interrupted` after a signal, when everything up to the last step is saved.
+    A run that will take long is measured first, and refused where memory does not suffice for it (planning.py).
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe), overrides=overrides)
@@ -90,6 +90,8 @@ def tune(
     with _Signals() as signals:
         check_installed(recipe.method.stored_in)
         check_suits(recipe)
+        if not resume:
+            check_before(recipe, workspace=workspace, say=observer.message)
         model = load_model(recipe.base, device=device_of(recipe.train))
         teacher = teacher_of(recipe, model=model)
         before = find_unfinished(workspace, recipe) if resume else None
@@ -107,7 +109,7 @@ def tune(
         parameters = model.num_parameters()
         if growth is not None:
             growth.extend(model, whole=recipe.method.saves_model)
-        _make_trainable(model, recipe)  # what does not suit the base is refused here, before there is a folder
+        make_trainable(model, recipe)  # what does not suit the base is refused here, before there is a folder
         folder = before or workspace.new_run(recipe.name)
         write_start(folder, recipe, resolved, prepared=prepared, template=template)
         if growth is not None:
@@ -138,19 +140,24 @@ def tune(
     return Run(folder)
 
 
-def _make_trainable(model: Model, recipe: Recipe) -> None:
-    """Insert and unfreeze what the method and the objective train, in the precision and with the speed that is asked for."""
-    recipe.method.apply(model, seed=recipe.train.seed)
-    train_new_rows(model)
-    if recipe.objective.reads == "outputs":
-        attach_head(model, num_outputs=recipe.objective.num_outputs)
-    if recipe.train.precision == "bf16":
-        set_trainable_dtype(model, frozen=torch.bfloat16)
-    if recipe.train.gradient_checkpointing:
-        model.checkpoint_activations()
-    if recipe.train.compile:
-        for layer in model.layers:
-            layer.compile(dynamic=True)
+def plan(
+    recipe: Recipe | Path | str,
+    *,
+    workspace: Workspace | None = None,
+    overrides: list[str] | None = None,
+    measure: bool = False,
+    price_per_hour: float | None = None,
+    on_message: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """What a run will need, before anything runs; raises what `tune` raises for a recipe that cannot run.
+
+    With `measure`, the steps with the largest packs are computed in a process of their own, and correct it.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(Path(recipe), overrides=overrides)
+    if price_per_hour is not None:
+        recipe = recipe.model_copy(update={"plan": recipe.plan.model_copy(update={"price_per_hour": price_per_hour})})
+    return make_plan(recipe, workspace=workspace or find_workspace(), measure=measure, on_message=on_message)
 
 
 def _save_model(model: Model, recipe: Recipe, *, prepared: Prepared, folder: Path) -> None:
