@@ -29,7 +29,7 @@ from tunesmith.methods import METHODS
 from tunesmith.models.base import NewBase
 from tunesmith.objectives import OBJECTIVES, Objective
 from tunesmith.recipe import Recipe
-from tunesmith.train.settings import TrainSettings
+from tunesmith.train.settings import PlanSettings, TrainSettings
 
 PAGE = Path(__file__).resolve().parent / "recipe.md"
 
@@ -87,6 +87,7 @@ def render() -> str:
         *_kinds("method", METHODS, about=lambda kind: f"{kind.summary}; learning rate {_rate(kind)} by default"),
         _section("`train`", TrainSettings),
         _section("`evaluate`", EvaluateSettings),
+        _section("`plan`", PlanSettings),
         _metrics(),
     ]
     return "\n".join(parts)

@@ -29,7 +29,7 @@ FLOORS: list[set[str]] = [
     {"vocabulary"},
     {"tuned"},
     {"combination"},
-    {"combining", "proving"},
+    {"combining", "planning", "proving"},
     {"api"},
     {"chat", "checks", "init", "quickstart", "texts"},  # what single commands do
     {"cli", "serve", "studio", "feedback"},

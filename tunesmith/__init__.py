@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Run", "Tuned", "combine", "evaluate", "export", "find_run", "load", "load_several", "tune"]
+__all__ = ["Run", "Tuned", "combine", "evaluate", "export", "find_run", "load", "load_several", "plan", "tune"]
 
 
 class _Package(ModuleType):

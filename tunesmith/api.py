@@ -16,7 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-import torch
 from pydantic import ValidationError
 
 from tunesmith.data.contract import FILE as CONTRACT
@@ -32,13 +31,12 @@ from tunesmith.evaluate.result import Evaluation
 from tunesmith.evaluate.run import System
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.generate.sampling import Sampling
-from tunesmith.methods.base import set_trainable_dtype
 from tunesmith.methods.several import Several
-from tunesmith.models.extended import train_new_rows
-from tunesmith.models.heads import attach_head, save_head
+from tunesmith.models.heads import save_head
 from tunesmith.models.load import Model, load_model
 from tunesmith.models.quantised import check_installed
 from tunesmith.objectives.headed import Headed
+from tunesmith.planning import Plan, check_before, make_plan, may_be_long
 from tunesmith.proving import prove_head, prove_text
 from tunesmith.recipe import Recipe, load_recipe
 from tunesmith.registry.index import Index
@@ -52,6 +50,7 @@ from tunesmith.runs import (
     find_unfinished,
     index_of,
     is_begun,
+    make_trainable,
     own_rows,
     prepare_data,
     record_end,
@@ -86,6 +85,7 @@ def tune(
 
     With `resume`, the newest unfinished run of the same recipe goes on where it was. Raises any TunesmithError;
     `Interrupted` after a signal, when everything up to the last step is saved.
+    A run that will take long is measured first, and refused where memory does not suffice for it (planning.py).
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe), overrides=overrides)
@@ -159,11 +159,13 @@ def _start(
         shared["template"] = template = template_of(model, recipe, run=before)
     prepared = processes.first_before_others(partial(prepare_data, recipe, **shared))
     recipe = with_objective(recipe, prepared.objective)
+    if before is None and processes.count == 1 and may_be_long(recipe, model=model, rows=prepared.train):
+        check_before(recipe, workspace=workspace, say=say)
     resolved = resolved_of(recipe, model=model, prepared=prepared, template=template)
     if before is not None and is_begun(before):
         check_unchanged(before, resolved)
     parameters = model.num_parameters()
-    _make_trainable(model, recipe, growth=growth)  # what does not suit the base is refused before there is a folder
+    _apply(model, recipe, growth=growth)  # what does not suit the base is refused before there is a folder
 
     def opened() -> Path:
         folder = before or workspace.new_run(recipe.name)
@@ -177,21 +179,31 @@ def _start(
     return _Start(recipe, resolved, model, teacher, prepared, growth, processes.first(opened))
 
 
-def _make_trainable(model: Model, recipe: Recipe, *, growth: Growth | None) -> None:
-    """Insert and unfreeze what the method and the objective train, in the precision and with the speed that is asked for."""
+def _apply(model: Model, recipe: Recipe, *, growth: Growth | None) -> None:
+    """Extend the model by the run's new tokens, where it has some, and make trainable what is trained."""
     if growth is not None:
         growth.extend(model, whole=recipe.method.saves_model)
-    recipe.method.apply(model, seed=recipe.train.seed)
-    train_new_rows(model)
-    if recipe.objective.reads == "outputs":
-        attach_head(model, num_outputs=recipe.objective.num_outputs)
-    if recipe.train.precision == "bf16":
-        set_trainable_dtype(model, frozen=torch.bfloat16)
-    if recipe.train.gradient_checkpointing:
-        model.checkpoint_activations()
-    if recipe.train.compile:
-        for layer in model.layers:
-            layer.compile(dynamic=True)
+    make_trainable(model, recipe)
+
+
+def plan(
+    recipe: Recipe | Path | str,
+    *,
+    workspace: Workspace | None = None,
+    overrides: list[str] | None = None,
+    measure: bool = False,
+    price_per_hour: float | None = None,
+    on_message: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """What a run will need, before anything runs; raises what `tune` raises for a recipe that cannot run.
+
+    With `measure`, the steps with the largest packs are computed in a process of their own, and correct it.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(Path(recipe), overrides=overrides)
+    if price_per_hour is not None:
+        recipe = recipe.model_copy(update={"plan": recipe.plan.model_copy(update={"price_per_hour": price_per_hour})})
+    return make_plan(recipe, workspace=workspace or find_workspace(), measure=measure, on_message=on_message)
 
 
 def _save_model(model: Model, recipe: Recipe, *, prepared: Prepared, folder: Path) -> None:
@@ -240,7 +252,7 @@ def _finish(fit: Fit, start: _Start, *, index: Index, stopped: str, signals: "_S
     whole = None
     if fit.processes.divides:
         whole = load_model(start.recipe.base, device=device_of(start.recipe.train))
-        _make_trainable(whole, start.recipe, growth=start.growth)
+        _apply(whole, start.recipe, growth=start.growth)
     fit.restore_best(whole)
     _save_model(whole or fit.model, start.recipe, prepared=start.prepared, folder=start.folder / "model")
     record_tokenizer(start.folder)

@@ -141,6 +141,33 @@ def data_prepare(
 
 
 @app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Set = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="run the steps with the largest packs, and correct it")
+    ] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option("--price-per-hour", min=0.0, help="of the machine; the recipe's by default")
+    ] = None,
+    workspace: WorkspaceOption = None,
+    as_json: Json = False,
+) -> None:
+    """What a run will need: memory by part, steps, tokens, time and cost. Nothing is trained."""
+    from tunesmith.api import plan as run_plan
+
+    found = run_plan(
+        recipe,
+        workspace=_workspace(workspace),
+        overrides=overrides,
+        measure=measure,
+        price_per_hour=price_per_hour,
+        on_message=_say,
+    )
+    _show(found.as_dict(), as_json=as_json, text=found.as_text)
+
+
+@app.command()
 def train(
     recipe: RecipeArgument,
     overrides: Set = None,

@@ -25,7 +25,7 @@ from tunesmith.objectives import OBJECTIVES, AnyObjective
 from tunesmith.objectives.classification import Classification
 from tunesmith.objectives.instruction import Instruction
 from tunesmith.registry.workspace import check_recipe_name
-from tunesmith.train.settings import TrainSettings
+from tunesmith.train.settings import PlanSettings, TrainSettings
 
 
 def _kind(value: Any) -> Any:
@@ -54,6 +54,7 @@ class Recipe(BaseModel):
     method: Annotated[AnyMethod, BeforeValidator(_kind)] = Field(default_factory=Lora)
     train: TrainSettings = Field(default_factory=TrainSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    plan: PlanSettings = Field(default_factory=PlanSettings)
 
     def as_yaml(self) -> str:
         """What was set, as a recipe that reads back to this one."""
@@ -217,7 +218,9 @@ def _recipe_error(error: ValidationError, *, value: Any, node: Any, file: Path) 
 def _unknown(path: list[str], value: Any) -> tuple[str, str]:
     """An unknown key: the nearest valid one, or the method or objective it belongs to."""
     *parents, key = path
-    models: dict[str, type[BaseModel]] = {"data": DataSettings, "train": TrainSettings, "evaluate": EvaluateSettings}
+    models: dict[str, type[BaseModel]] = {
+        "data": DataSettings, "train": TrainSettings, "evaluate": EvaluateSettings, "plan": PlanSettings,
+    }  # fmt: skip
     model: type[BaseModel] = Recipe
     if parents:
         section = parents[0]

@@ -21,7 +21,7 @@ from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example
 from tunesmith.errors import DataError, NotFoundError, RecipeError, StorageError
 from tunesmith.evaluate.settings import RESOLVED
-from tunesmith.methods.base import num_trainable
+from tunesmith.methods.base import num_trainable, set_trainable_dtype
 from tunesmith.models.base import (
     ENCODER_DECODERS,
     ENCODERS,
@@ -31,6 +31,8 @@ from tunesmith.models.base import (
     resolve_base,
     template_for,
 )
+from tunesmith.models.extended import train_new_rows
+from tunesmith.models.heads import attach_head
 from tunesmith.models.load import Model, load_model
 from tunesmith.recipe import Recipe
 from tunesmith.registry.index import Index
@@ -188,6 +190,21 @@ def prepare_data(
     )
 
 
+def make_trainable(model: Model, recipe: Recipe) -> None:
+    """Insert and unfreeze what the method and the objective train, in the precision and with the speed that is asked for."""
+    recipe.method.apply(model, seed=recipe.train.seed)
+    train_new_rows(model)
+    if recipe.objective.reads == "outputs":
+        attach_head(model, num_outputs=recipe.objective.num_outputs)
+    if recipe.train.precision == "bf16":
+        set_trainable_dtype(model, frozen=torch.bfloat16)
+    if recipe.train.gradient_checkpointing:
+        model.checkpoint_activations()
+    if recipe.train.compile:
+        for layer in model.layers:
+            layer.compile(dynamic=True)
+
+
 def with_objective(recipe: Recipe, objective: dict[str, Any]) -> Recipe:
     """The recipe with what the objective took from the base and the rows."""
     return recipe.model_copy(update={"objective": type(recipe.objective).model_validate(objective)})
@@ -205,7 +222,7 @@ def versions() -> dict[str, str]:
 def resolved_of(recipe: Recipe, *, model: Model, prepared: Prepared, template: ChatTemplate) -> dict[str, Any]:
     """What resolved.json holds: the recipe with every default, and what it was resolved against."""
     return {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json", exclude={"plan"}),  # a price decides nothing of a run
         "hashes": {
             "data": prepared.digest,
             "files": prepared.files,

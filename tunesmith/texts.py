@@ -5,10 +5,7 @@ from typing import Any
 from tunesmith.evaluate.statistics import decimals, p_text
 from tunesmith.evaluate.texts import ALSO_CHOSE
 from tunesmith.registry.compare import aligned
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+from tunesmith.train.memory import bytes_text
 
 
 def ledger_text(document: dict[str, Any]) -> str:
@@ -37,7 +34,7 @@ def train_text(summary: dict[str, Any]) -> str:
             f"{summary['run']}: {summary['stopped']} after {summary['steps']:,} steps in {summary['seconds']:,.0f} s",
             f"  training loss {summary['train_loss']:.4f}{best}{at}",
             f"  {summary['tokens']:,} tokens of rows, {summary['computed_tokens']:,} computed, "
-            f"{summary['tokens_per_second']:,.0f} tokens/s, {_bytes(summary['peak_memory_bytes'])} at most",
+            f"{summary['tokens_per_second']:,.0f} tokens/s, {bytes_text(summary['peak_memory_bytes'])} at most",
             f"  {summary['trainable_parameters']:,} of {summary['parameters']:,} parameters trained ({share:.2%})",
             *([_vocabulary_text(summary["vocabulary"])] if "vocabulary" in summary else []),
             f"next: tunesmith evaluate {summary['run']}",

@@ -32,7 +32,7 @@ WRITES = ("write", "serialize")
 PHASES = {  # where a signal may come, as module:name of a function that is entered there
     "loading the base": "tunesmith.models.load:_check_complete",
     "preparing data": "tunesmith.data.prepare:_Preparation._rendered",
-    "inserting the method": "tunesmith.api:_make_trainable",
+    "inserting the method": "tunesmith.api:_apply",
     "entering the run": "tunesmith.registry.index:Index.start_run",
     "micro-batch": "tunesmith.train.loop:forward",
     "update": "tunesmith.train.optimiser:Optimiser.step",

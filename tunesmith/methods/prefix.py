@@ -117,7 +117,7 @@ class Prefix(VirtualTokenMethod):
 def _key_values(model: Model, *, tokens_P: Tensor) -> Tensor:
     """The keys and values of every layer for these tokens: [L, 2, K, P, E], float32 at least."""
     length = len(tokens_P)
-    ids = tokens_P.cpu().numpy().astype(np.int32)
+    ids = tokens_P.numpy().astype(np.int32)
     watched = Watched(model.attention(build_pack([Sequence(ids, np.zeros(length, np.float32))])))
     with torch.no_grad():
         model.hidden(watched)

@@ -32,7 +32,7 @@ class EmbeddingTable(VirtualTokens):
 def embeddings(model: Model, *, tokens_P: Tensor) -> Tensor:
     """The base's input embeddings of tokens, float32 at least."""
     with torch.no_grad():
-        found: Tensor = model.causal.get_input_embeddings()(tokens_P)
+        found: Tensor = model.causal.get_input_embeddings()(tokens_P.to(model.device))
     return found.to(torch.promote_types(found.dtype, torch.float32), copy=True)
 
 

@@ -42,7 +42,7 @@ class VirtualTokenMethod(Frozen):
 
     @abstractmethod
     def make(self, model: Model, *, start_P: Tensor, generator: torch.Generator) -> VirtualTokens:
-        """The module that makes them, beginning at the tokens `start_P`."""
+        """The module that makes them, beginning at the tokens `start_P` (on the CPU)."""
 
     @abstractmethod
     def table(self, module: VirtualTokens) -> Tensor:
@@ -66,7 +66,7 @@ class VirtualTokenMethod(Frozen):
             )
         self.freeze(model)
         generator = torch.Generator().manual_seed(seed)
-        start_P = self._start(model, generator=generator).to(model.device)
+        start_P = self._start(model, generator=generator)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = self.make(model, start_P=start_P, generator=generator)

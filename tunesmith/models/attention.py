@@ -19,6 +19,7 @@ Shapes: T packed tokens, H query heads, K key/value heads, D head dimension.
 
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -110,7 +111,7 @@ class PackAttention:
     ):
         if virtual is not None:
             pack = pack.below(virtual.num_tokens)
-        self.device, self.virtual, self.both_ways = device, virtual, both_ways
+        self.pack, self.device, self.virtual, self.both_ways = pack, device, virtual, both_ways
         self.input_ids = torch.from_numpy(pack.tokens_T)[None].to(device)
         self.position_T = torch.from_numpy(pack.position_T).to(device)
         self.position_ids = self.position_T[None] + first_position
@@ -151,15 +152,17 @@ class PackAttention:
             return None
         name = (piece.q0, piece.k0, window, dtype)
         if name not in self._masks:
-            query_T = self.position_T[piece.q0 : piece.q1, None]
-            key_T = self.position_T[None, piece.k0 : piece.k1]
-            hidden = (query_T - key_T).abs() >= window
-            if not bool(hidden.any()):
+            query_T = self.pack.position_T[piece.q0 : piece.q1, None]
+            key_T = self.pack.position_T[None, piece.k0 : piece.k1]
+            hidden = np.abs(query_T - key_T) >= window
+            if not hidden.any():
                 self._masks[name] = None
             else:
                 if piece.causal:
                     hidden = hidden | (key_T > query_T)
-                self._masks[name] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, HIDDEN_SCORE)
+                self._masks[name] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(
+                    torch.from_numpy(hidden), HIDDEN_SCORE
+                )
         return self._masks[name]
 
     def visible(self, *, window: int | None) -> Tensor:

@@ -272,7 +272,8 @@ def quiet() -> Any:
 def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Model:
     """Load `base` (or make it) with all dropout off and the one visibility rule as its attention.
 
-    Raises ModelError for what must not or cannot be loaded, NotFoundError for what is not there.
+    On the device `meta` it has shapes and no numbers, however large it is (models/outline.py). Raises ModelError for what
+    must not or cannot be loaded, NotFoundError for what is not there.
     """
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -287,16 +288,15 @@ def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, dev
     plain: dict[str, Any] = {"add_pooling_layer": False} if raw["model_type"] in POOLED else {}
     with quiet():
         config = _config_without_dropout(folder, raw, path)
-        if isinstance(base, NewBase):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(base.seed)
+        if folder is not None and not any(folder.glob("*.safetensors")):
+            raise ModelError(
+                "no .safetensors weights here", file=folder, hint="convert the weights to safetensors first"
+            )
+        if folder is None or device == "meta":
+            with torch.random.fork_rng(devices=[]), torch.device(device if device == "meta" else "cpu"):
+                torch.manual_seed(base.seed if isinstance(base, NewBase) else 0)
                 causal = classes.from_config(config, attn_implementation=attention.NAME, dtype=dtype, **plain)
         else:
-            assert folder is not None
-            if not any(folder.glob("*.safetensors")):
-                raise ModelError(
-                    "no .safetensors weights here", file=folder, hint="convert the weights to safetensors first"
-                )
             try:
                 loaded: Any = classes.from_pretrained(
                     folder,

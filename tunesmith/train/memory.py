@@ -1,13 +1,19 @@
-"""How much memory this process has used at most, and giving back what it no longer uses."""
+"""How much memory this process uses, has used and may use, and giving back what it no longer uses."""
 
 import ctypes
 import gc
 import resource
 import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def bytes_text(size: float) -> str:
+    """For people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -21,6 +27,37 @@ def peak_memory_bytes(device: torch.device) -> int:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocation failed, on a GPU or on a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def resident_bytes() -> int:
+    """What this process has in memory now, or at most so far where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_memory_bytes(torch.device("cpu"))
+
+
+def available_memory_bytes(device: torch.device) -> int | None:
+    """What this process could use in all: what is free, within its control group's limit, and what it has already.
+
+    None where the system does not say.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text("ascii").splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    return resident_bytes() + min(free, _room_in_group(Path("/sys/fs/cgroup"), otherwise=free))
+
+
+def _room_in_group(group: Path, *, otherwise: int) -> int:
+    """Bytes up to the limit of a control group (version 2); `otherwise` where there is no limit."""
+    try:
+        return int((group / "memory.max").read_text("ascii")) - int((group / "memory.current").read_text("ascii"))
+    except (OSError, ValueError):
+        return otherwise
 
 
 @cache

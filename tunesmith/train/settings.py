@@ -1,4 +1,4 @@
-"""The `train` section of a recipe."""
+"""The `train` and `plan` sections of a recipe."""
 
 from typing import Literal
 
@@ -66,4 +66,19 @@ class TrainSettings(BaseModel):
             raise ValueError(f"warmup: {self.warmup} is neither a share below 1 nor a whole number of steps")
         if self.final_share and self.schedule == "constant":
             raise ValueError("final_share has no effect on a constant schedule")
+        return self
+
+
+class PlanSettings(BaseModel):
+    """What a machine costs, for `tunesmith plan`; it decides nothing of a run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    price_per_hour: float | None = Field(default=None, ge=0, description="of the machine")
+    currency: str = Field(default="EUR", min_length=1, max_length=8, description="of the price")
+
+    @model_validator(mode="after")
+    def _currency_of_something(self) -> "PlanSettings":
+        if self.price_per_hour is None and "currency" in self.model_fields_set and self.currency != "EUR":
+            raise ValueError("currency has no effect without price_per_hour")
         return self
