@@ -89,7 +89,15 @@ def trials_of(case: str, *, names: list[str], kills: int, errors_every: int) -> 
 class Trials:
     """The trials still to be made, and what came of the others; several threads share it, each with a server."""
 
-    def __init__(self) -> None:
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.started = time.monotonic()
+        self.head: dict[str, Any] = {
+            "command": command(),
+            "date": time.strftime("%Y-%m-%d"),
+            "code": code(),
+            "machine": machine(),
+        }
         self.waiting: list[Trial] = []
         self.made: list[Trial] = []
         self.num_killed = 0
@@ -126,6 +134,7 @@ class Trials:
                 print(json.dumps(failure, indent=1), file=sys.stderr, flush=True)
             self.made.append(trial)
             if len(self.made) % 50 == 0:
+                self.write()
                 print(f"{len(self.made)} made, {len(self.waiting)} to go", file=sys.stderr, flush=True)
 
     def _make(self, trial: Trial, *, server: Server, folder: Path) -> None:
@@ -150,10 +159,11 @@ class Trials:
         for line in [line for line in lines if line.startswith("signal ")][:1]:
             self.seconds[trial.where].append(ended.ended - float(line.split()[1]))
 
-    def report(self) -> dict[str, Any]:
-        """Counts by kind, the longest waits after a signal, and what failed."""
+    def write(self) -> dict[str, Any]:
+        """Counts by kind, the longest waits after a signal, and what failed; also into the file."""
         longest = {phase: max(values) for phase, values in sorted(self.seconds.items())}
-        return {
+        report = {
+            "seconds": round(time.monotonic() - self.started),
             "boundaries": self.boundaries,
             "not_made": len(self.waiting),
             "trials": _counts(trial.kind for trial in self.made),
@@ -163,6 +173,8 @@ class Trials:
             "later_than_10_seconds": [phase for phase, seconds in longest.items() if seconds > LIMIT_SECONDS],
             "failures": self.failures,
         }
+        self.out.write_text(json.dumps(self.head | report, indent=1) + "\n", "utf-8")
+        return report
 
 
 def main() -> int:
@@ -178,7 +190,7 @@ def main() -> int:
     )
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "kill_test.json"))
     arguments = parser.parse_args()
-    started, before, trials = time.monotonic(), {"code": code(), "machine": machine()}, Trials()
+    trials = Trials(Path(arguments.out))
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folders = [scratch / str(number) for number in range(arguments.processes)]
@@ -188,17 +200,15 @@ def main() -> int:
         for case in arguments.cases.split(","):
             trials.prepare(case, servers=servers, folders=folders, arguments=arguments)
         trials.random.shuffle(trials.waiting)
-        trials.until = started + 60 * arguments.minutes
+        trials.until = trials.started + 60 * arguments.minutes
         workers = [threading.Thread(target=trials.work, args=pair) for pair in zip(servers, folders, strict=True)]
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
-    seconds = round(time.monotonic() - started)
-    report = {"command": command(), "date": time.strftime("%Y-%m-%d"), **before, "seconds": seconds, **trials.report()}
-    Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    print(json.dumps(trials.report(), indent=1))
-    return 3 if trials.failures or report["later_than_10_seconds"] else 0
+    report = trials.write()
+    print(json.dumps(report, indent=1))
+    return 3 if report["failures"] or report["later_than_10_seconds"] else 0
 
 
 def _counts(values: Iterable[str]) -> dict[str, int]:

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tunesmith.evaluate.curves import CHART, LABEL_GAP, MAX_POINTS, Scale, curves, ticks
@@ -18,6 +18,8 @@ def write(path, records):
 
 
 @given(numbers, numbers)
+@example(0.0, 5e-324)
+@example(0.0, 3e-323)
 def test_ticks_are_round_and_inside(first, second):
     low, high = sorted((first, second))
     found = ticks(low, high)

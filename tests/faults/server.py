@@ -141,6 +141,7 @@ def main() -> None:
     import tunesmith.texts  # noqa: F401
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # who was started in the background ignores it
     with contextlib.suppress(ImportError):  # half a second of every load, which transformers keeps
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 

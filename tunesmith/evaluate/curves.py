@@ -28,9 +28,9 @@ class Scale:
 
 def ticks(low: float, high: float, *, most: int = 6) -> list[float]:
     """Round numbers within low..high, at most `most`: steps of 1, 2 or 5 times a power of ten."""
-    if not high > low:
-        return [low]
     raw = (high - low) / most
+    if not raw > 1e-300:  # also where they differ by less than powers of ten can say
+        return [low]
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (power * factor) <= most - 1)
     first = math.ceil(low / step - 1e-9)
