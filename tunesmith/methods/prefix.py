@@ -117,6 +117,11 @@ class Prefix(VirtualTokenMethod):
 def _key_values(model: Model, *, tokens_P: Tensor) -> Tensor:
     """The keys and values of every layer for these tokens: [L, 2, K, P, E], float32 at least."""
     length = len(tokens_P)
+    if model.device.type == "meta":  # shapes alone
+        shape = model.causal.config
+        heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+        dimension = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+        return torch.empty(len(model.layers), 2, heads, length, dimension, device="meta")
     ids = tokens_P.numpy().astype(np.int32)
     watched = Watched(model.attention(build_pack([Sequence(ids, np.zeros(length, np.float32))])))
     with torch.no_grad():

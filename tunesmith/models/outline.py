@@ -75,7 +75,9 @@ class Tally(TorchDispatchMode):
         self.alive[part] -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Compute (shapes alone, under FakeTensorMode) and enter what came out."""
+        """Compute (shapes alone, under FakeTensorMode) and enter what came out; a number that is read is zero."""
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 0.0 if args[0].is_floating_point() else 0
         out = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self.count, out)
         if func in PRODUCTS and args[0].dtype == torch.bfloat16:
@@ -100,11 +102,11 @@ def outlined(models: Sequence[Model]) -> Iterator[Tally]:
     tally.part = "weights"
     for model in models:
         for module in [*model.causal.modules(), *([] if model.outputs is None else [model.outputs])]:
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None:
-                        tensors[name] = stand_in(tensor)
-                        tally.count(tensors[name])
+            for held in (module._parameters, module._buffers, vars(module)):
+                for name, value in list(held.items()):
+                    if isinstance(value, Tensor | tuple):
+                        held[name] = tree_map_only(Tensor, stand_in, value)
+                        tree_map_only(Tensor, tally.count, held[name])
     tally.part = "activations"
     with mode, tally:
         yield tally
@@ -118,7 +120,9 @@ def after_blocks(model: Model, *, tell: Callable[[], None]) -> Any:
 def stored_bytes(model: Model, *, kind: Quantisation) -> tuple[int, int]:
     """Of the linear layers that `quantise` would store in few bits: what that saves, and the largest one restored."""
     base = [m for n, m in model.causal.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not model.head]
-    sizes = [(m.weight.numel(), m.weight.element_size(), max(m.weight.shape)) for m in base]
+    sizes = [
+        (m.weight.numel(), m.weight.element_size(), m.nf if isinstance(m, Conv1D) else m.out_features) for m in base
+    ]
     kept = sum(numel * BYTES_A_WEIGHT[kind] + outputs * BYTES_AN_OUTPUT[kind] for numel, _, outputs in sizes)
     return int(sum(numel * width for numel, width, _ in sizes) - kept), max(numel * width for numel, width, _ in sizes)
 

@@ -79,7 +79,7 @@ class Headed(Objective):
         """Outputs [S, K] of each sequence: the mean over its tokens that are read, which is the mean state's output."""
         output_NK, sequence_N = readout.value, readout.sequence_N
         sum_SK = output_NK.new_zeros(readout.num_sequences, output_NK.shape[1]).index_add(0, sequence_N, output_NK)
-        count_S = torch.bincount(sequence_N, minlength=readout.num_sequences)
+        count_S = sequence_N.new_zeros(readout.num_sequences).index_add_(0, sequence_N, torch.ones_like(sequence_N))
         return sum_SK / count_S[:, None].to(sum_SK.dtype)
 
     def by_row(self, readout: Readout, pack: Pack) -> tuple[Tensor, np.ndarray]:
