@@ -92,6 +92,7 @@ def run(
             ),
             folder=Path(inside),
             observer=Watch(),
+            cache=Path(inside),
         )
         num_bytes = 0 if fit.features is None else fit.features.num_bytes
         fit.run()

@@ -70,7 +70,7 @@ def bits_per_byte(model: Any, text: str) -> float:
     from tunesmith.data.template import ChatTemplate
     from tunesmith.data.types import Example, Origin
     from tunesmith.objectives.causal import Causal
-    from tunesmith.train.loop import forward
+    from tunesmith.train.passes import forward
 
     objective, example = Causal(), Example(Origin("general", 1), "text", text=text)
     windows = objective.sequences([example], template=ChatTemplate(model.tokenizer), max_tokens=512)[0]

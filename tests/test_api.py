@@ -469,6 +469,22 @@ def test_an_evaluation_is_kept_with_the_run(shared, evaluation):
     assert evaluation.value("perplexity") < evaluation.value("perplexity", system="base")
 
 
+def test_what_the_base_said_is_known_to_the_next_run(project):
+    first = evaluate(project, tune(project, "train.max_steps=1")).document
+    entries = list((project / "w" / "cache" / "answers").iterdir())
+    assert len(entries) == 2  # the base, with examples in its prompt and without
+    for path in entries:
+        known = json.loads(path.read_text())
+        path.write_text(json.dumps(known | {"texts": ["red"] * len(known["texts"])}))
+    run = tune(project, "method=full", "train.max_steps=1", "train.learning_rate=1e-3")
+    second = evaluate(project, run).document
+    shown = [json.loads(line) for line in (run.path / "examples.jsonl").read_text().splitlines()]
+    assert {row["outputs"][system] for row in shown for system in ("base", "few_shot")} == {"red"}
+    for system in ("base", "few_shot"):
+        perplexities = [d["metrics"]["perplexity"]["systems"][system] for d in (first, second)]
+        assert perplexities[0] == perplexities[1]
+
+
 def test_other_rows_and_settings_may_be_given(original, shared):
     settings = EvaluateSettings(metrics=("perplexity",), against=("base",), rows=3)
     again = evaluate(original, shared, data=original / "test.jsonl", settings=settings)

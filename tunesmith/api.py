@@ -26,6 +26,7 @@ from tunesmith.data.sources import read_rows
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example
 from tunesmith.errors import DataError, Interrupted, NotFoundError, RecipeError, StorageError
+from tunesmith.evaluate.answered import Answered
 from tunesmith.evaluate.report import write_report
 from tunesmith.evaluate.result import Evaluation
 from tunesmith.evaluate.run import System
@@ -112,6 +113,7 @@ def tune(
                 observer=observer,
                 teacher=start.teacher,
                 processes=processes,
+                cache=workspace.cache,
             )
             with _end_recorded(fit, folder=folder, index=index, signals=signals):
                 signals.train(fit)
@@ -351,7 +353,7 @@ def evaluate(
     prove = prove_head if isinstance(recipe.objective, Headed) else prove_text
     evaluation = prove(
         tuned,
-        System("base", base, switched, template=own),
+        System("base", base, switched, template=own, answered=Answered(workspace.cache / "answers", base)),
         settings=settings,
         train=(lambda: iter(())) if prepared is None else partial(prepared.examples, "train"),
         examples=examples,

@@ -15,7 +15,7 @@ import torch
 
 from tunesmith.data.contract import FILE as CONTRACT
 from tunesmith.data.contract import check_contract, write_contract
-from tunesmith.data.prepare import Prepared, code_digest, prepare
+from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.sources import resolve
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example
@@ -38,7 +38,7 @@ from tunesmith.recipe import Recipe
 from tunesmith.registry.index import Index
 from tunesmith.registry.store import Store
 from tunesmith.registry.workspace import LATEST, Workspace, find_workspace, recipe_name
-from tunesmith.storage import read_json, write_json, write_text
+from tunesmith.storage import code_digest, read_json, write_json, write_text
 from tunesmith.train.loop import Fit
 from tunesmith.train.memory import peak_memory_bytes
 from tunesmith.train.settings import TrainSettings
@@ -228,7 +228,7 @@ def resolved_of(recipe: Recipe, *, model: Model, prepared: Prepared, template: C
             "files": prepared.files,
             "base": model.digest,
             "tokenizer": template.tokenizer.digest,
-            "code": code_digest(),
+            "code": code_digest("data", "objectives"),
         },
         "versions": versions(),
     }

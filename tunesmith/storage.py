@@ -245,6 +245,34 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def code_digest(*folders: str) -> str:
+    """SHA-256 of the program's own code in these folders of it."""
+    package, digest = Path(__file__).resolve().parent, hashlib.sha256()
+    for path in sorted(path for folder in folders for path in package.glob(f"{folder}/*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def make_room(folder: Path, *, num_bytes: int, max_bytes: int, max_share_of_free: float = 1.0) -> bool:
+    """Remove what stands in a cache's folder, used longest ago first, until `num_bytes` more stay within its bounds.
+
+    They are `max_bytes` in all, and a share of what the disk has free besides. False (and nothing is removed) where so
+    many bytes alone are too many. Who uses an entry touches it; one that is mapped into memory lives on until it is let go.
+    """
+    entries = sorted((path for path in folder.iterdir() if path.name[0] != "."), key=lambda p: p.stat().st_mtime)
+    sizes = [sum(f.stat().st_size for f in (p, *p.rglob("*")) if f.is_file()) for p in entries]
+    used = sum(sizes)
+    bound = min(max_bytes, used + int(max_share_of_free * shutil.disk_usage(folder).free))
+    if num_bytes > bound:
+        return False
+    for path, size in zip(entries, sizes, strict=True):
+        if used + num_bytes <= bound:
+            break
+        used -= size
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    return True
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises NotFoundError if there is none, StorageError if it is damaged or no object."""
     try:

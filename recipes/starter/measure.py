@@ -16,7 +16,7 @@ from tunesmith.data.types import Example, Origin
 from tunesmith.models.load import load_model
 from tunesmith.objectives.causal import Causal
 from tunesmith.tasks import minimal_pairs
-from tunesmith.train.loop import forward
+from tunesmith.train.passes import forward
 
 
 def bits_per_byte(model, texts: list[str]) -> float:

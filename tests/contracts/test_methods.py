@@ -37,7 +37,8 @@ from tunesmith.models.load import Model
 from tunesmith.models.quantised import quantise
 from tunesmith.models.readout import head_logits
 from tunesmith.objectives.instruction import Instruction
-from tunesmith.train.loop import Fit, autocast, forward
+from tunesmith.train.loop import Fit
+from tunesmith.train.passes import autocast, forward
 from tunesmith.train.settings import TrainSettings
 
 BuildModel = Callable[..., Model]

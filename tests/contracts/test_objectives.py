@@ -32,7 +32,7 @@ from tunesmith.objectives.label_words import LabelWords
 from tunesmith.objectives.regression import Regression
 from tunesmith.objectives.seq2seq import Seq2seq
 from tunesmith.objectives.token_classification import TokenClassification
-from tunesmith.train.loop import forward
+from tunesmith.train.passes import forward
 
 BuildModel = Callable[..., Model]
 Logprob = Callable[[Sequence, int], Tensor]

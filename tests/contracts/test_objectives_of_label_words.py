@@ -19,7 +19,7 @@ from tunesmith.models.load import Model
 from tunesmith.objectives.base import Readout, Totals
 from tunesmith.objectives.contrastive import Contrastive
 from tunesmith.objectives.label_words import LabelWords
-from tunesmith.train.loop import forward
+from tunesmith.train.passes import forward
 
 BuildModel = Callable[..., Model]
 LABELS = ("hum/group", "hum/one", "loc", "location")

@@ -26,7 +26,7 @@ from tunesmith.objectives.base import Readout
 from tunesmith.objectives.contrastive import Contrastive
 from tunesmith.objectives.distillation import Distillation
 from tunesmith.objectives.token_classification import TokenClassification
-from tunesmith.train.loop import forward
+from tunesmith.train.passes import forward
 
 BuildModel = Callable[..., Model]
 TAGS = ("B-X", "I-X", "O")

@@ -29,7 +29,7 @@ from tunesmith.models.load import Model
 from tunesmith.models.quantised import quantise
 from tunesmith.models.readout import head_logits
 from tunesmith.objectives.seq2seq import Seq2seq
-from tunesmith.train.loop import autocast, forward
+from tunesmith.train.passes import autocast, forward
 from tunesmith.train.settings import TrainSettings
 
 BuildModel = Callable[..., Model]

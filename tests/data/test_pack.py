@@ -240,3 +240,22 @@ def test_shared_length_counts_equal_beginnings(a: list[int], b: list[int]) -> No
     while expected < min(len(a), len(b)) and a[expected] == b[expected]:
         expected += 1
     assert shared_length(np.array(a, np.int32), np.array(b, np.int32)) == expected
+
+
+def test_a_padded_pack_has_the_same_forest_and_tokens_that_nothing_sees() -> None:
+    random = np.random.default_rng(0)
+    root = random.integers(1, 90, 20)
+    rows = []
+    for row, more in enumerate((3, 9, 14)):
+        tokens_T = np.concatenate([root, random.integers(1, 90, more)]).astype(np.int32)
+        rows.append(Sequence(tokens_T, (np.arange(20 + more) > 5).astype(np.float32), row))
+    pack = build_pack(rows)
+    padded = pack.padded(64)
+    length = len(pack.tokens_T)
+    assert len(padded.tokens_T) == 64
+    assert pack.padded(length) is pack
+    assert np.array_equal(padded.tokens_T[:length], pack.tokens_T)
+    assert not padded.tokens_T[length:].any()
+    assert padded.nodes == [*pack.nodes, (length, 64, 64)]
+    assert np.array_equal(padded.source_N, pack.source_N)
+    assert padded.num_row_tokens == pack.num_row_tokens

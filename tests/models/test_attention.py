@@ -17,7 +17,7 @@ from tunesmith.models.attention import PackAttention
 from tunesmith.models.load import Model
 from tunesmith.models.readout import target_logprobs
 from tunesmith.objectives.instruction import Instruction
-from tunesmith.train.loop import forward
+from tunesmith.train.passes import forward
 
 BuildModel = Callable[..., Model]
 CPU = torch.device("cpu")

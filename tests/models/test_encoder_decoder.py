@@ -17,7 +17,7 @@ from tunesmith.models import encoder_decoder
 from tunesmith.models.load import Model, load_model
 from tunesmith.models.readout import head_logits
 from tunesmith.objectives.seq2seq import Seq2seq
-from tunesmith.train.loop import autocast, forward
+from tunesmith.train.passes import autocast, forward
 from tunesmith.train.settings import TrainSettings
 
 BuildModel = Callable[..., Model]

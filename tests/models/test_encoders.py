@@ -25,7 +25,7 @@ from tunesmith.objectives.classification import Classification
 from tunesmith.objectives.headed import Headed
 from tunesmith.objectives.instruction import Instruction
 from tunesmith.objectives.regression import Regression
-from tunesmith.train.loop import forward
+from tunesmith.train.passes import forward
 
 BuildModel = Callable[..., Model]
 CPU = torch.device("cpu")

@@ -38,7 +38,7 @@ from tunesmith.models.load import Model, load_model
 from tunesmith.models.quantised import QuantisedLinear
 from tunesmith.models.readout import head_logits, target_logprobs
 from tunesmith.objectives.causal import Causal
-from tunesmith.train.loop import autocast, forward
+from tunesmith.train.passes import autocast, forward
 from tunesmith.train.settings import TrainSettings
 
 BuildModel = Callable[..., Model]

@@ -15,7 +15,7 @@ from tunesmith.data.pack import Pack
 from tunesmith.errors import ModelError, NotFoundError, TunesmithError
 from tunesmith.models.load import Model, NewBase, load_model
 from tunesmith.objectives.instruction import Instruction
-from tunesmith.train.loop import forward
+from tunesmith.train.passes import forward
 
 BuildModel = Callable[..., Model]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tunesmith import storage
 from tunesmith.data.pack import Forest, build_pack
 from tunesmith.data.tokens import TokenStore
 from tunesmith.data.types import Sequence
@@ -19,9 +20,10 @@ from tunesmith.methods.base import Method, trainable
 from tunesmith.methods.full import Full
 from tunesmith.methods.layers import Layers
 from tunesmith.methods.lora import Lora
-from tunesmith.models.blocks import block_output, hidden_and_boundary, hidden_from, num_frozen_blocks
+from tunesmith.models.blocks import block_output, hidden_below, hidden_from, num_frozen_blocks
 from tunesmith.models.load import Model
 from tunesmith.objectives.instruction import Instruction
+from tunesmith.storage import make_room
 from tunesmith.train import features
 from tunesmith.train.loop import Fit
 from tunesmith.train.settings import TrainSettings
@@ -73,6 +75,7 @@ def fit_in(
             settings=TrainSettings.model_validate(settings),
             folder=tmp_path / name,
             observer=heard,
+            cache=tmp_path / "cache",
         )
 
     return make
@@ -115,11 +118,15 @@ def test_the_run_is_the_same_and_the_frozen_blocks_ran_once_for_each_row(
         validated, rel=1e-5
     )
     assert same_but_for_rounding(kept, plain)
-    assert len(calls) == 3 + 1  # three steps of the first epoch, and the first validation
-    assert not (kept.features.folder).exists()
+    assert len(calls) == 1 + 1  # a pack of all rows, and one of the validation rows
+    again = fit_in("again", architecture=architecture)
+    calls = count_blocks(again)
+    again.run()
+    assert not calls
+    assert torch.equal(weights(again), weights(kept))
 
 
-def test_bf16_is_kept_as_it_is(fit_in: Callable[..., Fit], heard: Any) -> None:
+def test_bf16_is_kept_as_it_is(fit_in: Callable[..., Fit], heard: Any, tmp_path: Path) -> None:
     from tunesmith.methods.base import set_trainable_dtype
 
     losses = []
@@ -130,7 +137,7 @@ def test_bf16_is_kept_as_it_is(fit_in: Callable[..., Fit], heard: Any) -> None:
         set_trainable_dtype(fit.model, frozen=torch.bfloat16)
         fit = Fit(
             fit.model, method=method, objective=Instruction(), train=fit.train, validation=None,
-            settings=fit.settings, folder=fit.folder.parent / "again", observer=heard,
+            settings=fit.settings, folder=fit.folder.parent / "again", observer=heard, cache=tmp_path / "cache",
         )  # fmt: skip
         if fit.features is not None:
             assert fit.features.output.dtype == torch.bfloat16
@@ -140,7 +147,7 @@ def test_bf16_is_kept_as_it_is(fit_in: Callable[..., Fit], heard: Any) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
 
 
-@pytest.mark.parametrize(("stop_after", "lost"), [(2, False), (4, False), (7, False), (7, True)])
+@pytest.mark.parametrize(("stop_after", "lost"), [(2, False), (7, False), (7, True)])
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(
     fit_in: Callable[..., Fit], stop_after: int, lost: bool
 ) -> None:
@@ -168,24 +175,63 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(
     again = fit_in("cut")
     assert again.resume() == (stop_after > 2)
     again.run()
-    if lost:  # computed anew in other packs
-        assert same_but_for_rounding(again, whole)
-        return
     assert torch.equal(weights(again), weights(whole))
     assert again.progress.validation_loss == whole.progress.validation_loss
 
 
-def test_a_signal_saves_what_was_kept(fit_in: Callable[..., Fit]) -> None:
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_signal_while_they_are_computed_keeps_what_was_done(
+    fit_in: Callable[..., Fit], monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    monkeypatch.setattr(features, "UNITS_AT_A_TIME", 4)
     whole = fit_in("whole")
     whole.run()
+    assert whole.features is not None
+    whole.features.remove()
     cut = fit_in("cut")
-    cut.signal_number = 2
+    asked: list[int] = []
+
+    def signalled() -> bool:
+        asked.append(1)
+        if len(asked) > after:
+            cut.signal_number = 2
+        return cut.signal_number is not None
+
+    monkeypatch.setattr(cut, "_signalled", signalled)
     with pytest.raises(Interrupted):
         cut.run()
     again = fit_in("cut")
+    calls = count_blocks(again)
     again.resume()
     again.run()
+    assert len(calls) == 3 - after  # packs of four rows each; those of the validation rows are there
     assert torch.equal(weights(again), weights(whole))
+
+
+def test_a_file_of_another_size_is_computed_anew(fit_in: Callable[..., Fit]) -> None:
+    whole = fit_in("whole")
+    whole.run()
+    assert whole.features is not None
+    os.truncate(whole.features.folder / "hidden.bin", 100)
+    again = fit_in("again")
+    again.run()
+    assert torch.equal(weights(again), weights(whole))
+
+
+def test_what_was_used_longest_ago_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "hidden.bin").write_bytes(bytes(100))
+        os.utime(tmp_path / str(number), (number, number))
+    os.utime(tmp_path / "0", (9, 9))
+    assert not make_room(tmp_path, num_bytes=451, max_bytes=450)
+    assert len(list(tmp_path.iterdir())) == 4
+    assert make_room(tmp_path, num_bytes=150, max_bytes=450)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "2", "3"]
+    usage = shutil.disk_usage("/")._replace(free=100)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
+    assert make_room(tmp_path, num_bytes=150, max_bytes=10_000, max_share_of_free=0.5)  # 350 in all
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "3"]
 
 
 @pytest.mark.parametrize(
@@ -217,8 +263,7 @@ def test_beginning_in_the_middle_gives_the_same(
         attention = model.attention(pack)
         whole = model.hidden(attention)
         for count in range(1, len(model.layers)):
-            hidden_TD, given_TD = hidden_and_boundary(model, attention, num_blocks=count)
-            assert torch.equal(hidden_TD, whole)
+            given_TD = hidden_below(model, attention, num_blocks=count)
             found = hidden_from(model, attention, num_blocks=count, given_TD=given_TD, output=output)
             assert torch.equal(found, whole)
         assert torch.equal(model.hidden(attention), whole)  # nothing of it stays
@@ -239,7 +284,7 @@ def test_no_room_on_the_disk_is_said_and_the_run_goes_on(
     fit_in: Callable[..., Fit], heard: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage("/")._replace(free=10_000)
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
     fit = fit_in("small")
     assert fit.features is None
     assert any("is not kept" in message for message in heard.messages)

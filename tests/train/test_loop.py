@@ -27,8 +27,9 @@ from tunesmith.methods.lora import Lora
 from tunesmith.models.load import Model
 from tunesmith.objectives.instruction import Instruction
 from tunesmith.train import checkpoint
-from tunesmith.train.loop import Fit, epoch_order, evaluate_loss, forward
+from tunesmith.train.loop import Fit, epoch_order
 from tunesmith.train.memory import is_out_of_memory
+from tunesmith.train.passes import evaluate_loss, forward
 from tunesmith.train.settings import TrainSettings
 
 BuildModel = Callable[..., Model]

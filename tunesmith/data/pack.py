@@ -26,6 +26,7 @@ import numpy as np
 from tunesmith.data.types import Sequence
 
 MIN_SHARED_TOKENS = 16  # below this a node costs more in kernel calls than it saves
+FILLED_TO = 64  # tokens: a multiple of so many, where packs are filled up so that products have few shapes
 NEVER = 1 << 30  # more tokens than any two sequences share
 
 
@@ -74,6 +75,23 @@ class Pack:
             end_T=np.concatenate([np.full(num_tokens, num_tokens + len(self.tokens_T)), self.end_T + num_tokens]),
             source_N=self.source_N + num_tokens,
             places_T=None,
+        )
+
+    def padded(self, multiple: int = FILLED_TO) -> "Pack":
+        """The same forest and behind it tokens with the id 0 that nothing sees, up to a multiple of so many tokens.
+
+        Their places are 0. A pack of an encoder-decoder stays as it is.
+        """
+        length = len(self.tokens_T)
+        more = -length % multiple
+        if not more or self.encoder_E is not None:
+            return self
+        return replace(
+            self,
+            tokens_T=np.concatenate([self.tokens_T, np.zeros(more, np.int64)]),
+            position_T=np.concatenate([self.position_T, np.arange(more)]),
+            end_T=np.concatenate([self.end_T, np.full(more, length + more)]),
+            places_T=None if self.places_T is None else np.concatenate([self.places_T, np.zeros(more, np.int64)]),
         )
 
     @property

@@ -23,7 +23,7 @@ from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokens import TokenStore, TokenWriter, write_groups
 from tunesmith.data.types import Example, Message, Origin, Sequence
 from tunesmith.errors import DataError, TemplateError
-from tunesmith.storage import new_folder, sha256_file
+from tunesmith.storage import code_digest, new_folder, sha256_file
 
 BATCH_ROWS = 512
 MAX_ERRORS = 100  # kept for the message; the ledger counts them all
@@ -120,15 +120,6 @@ def _from_json(value: list[Any]) -> Example:
     return Example(Origin(*origin), form, tuple(Message(*m) for m in messages), text, tuple(tools), tuple(words), label)
 
 
-def code_digest() -> str:
-    """Hash of the code that decides what rows become."""
-    package = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for path in sorted([*package.glob("data/*.py"), *package.glob("objectives/*.py")]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def prepare(
     settings: DataSettings,
     *,
@@ -153,7 +144,7 @@ def prepare(
         "template": template.identity,
         "tokenizer": template.tokenizer.digest,
         "max_tokens": max_tokens,
-        "code": code_digest(),
+        "code": code_digest("data", "objectives"),
     }
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     folder = cache / "prepared" / digest[:32]
@@ -383,6 +374,3 @@ def _batched(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
             batch = []
     if batch:
         yield batch
-
-
-__all__ = ["Prepared", "code_digest", "prepare"]

@@ -10,6 +10,7 @@ examples in the prompt; nothing but a name of a class can come out:
 Shapes: B rows, K classes.
 """
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -44,12 +45,18 @@ def named_classes(
     assert objective.labels is not None
     names = names_of(objective.labels, template=template)
     prompts = [prompt_of(_asked(e, shots=system.shots, template=template), template=template) for e in examples]
-    logprob_BK = np.zeros((len(examples), len(names)))
-    with system.switched():
-        for start in range(0, len(examples), ROWS_AT_A_TIME):
-            some = [choices(prompt, names=names) for prompt in prompts[start : start + ROWS_AT_A_TIME]]
-            logprob_BK[start : start + len(some)] = _likelihoods(system.model, some)
-    probability_BK = torch.from_numpy(logprob_BK).softmax(-1).numpy()
+
+    def ask() -> dict[str, Any]:
+        logprob_BK = np.zeros((len(examples), len(names)))
+        with system.switched():
+            for start in range(0, len(examples), ROWS_AT_A_TIME):
+                some = [choices(prompt, names=names) for prompt in prompts[start : start + ROWS_AT_A_TIME]]
+                logprob_BK[start : start + len(some)] = _likelihoods(system.model, some)
+        return {"logprobs": logprob_BK.tolist()}
+
+    asked = [json.dumps([[name_T.tolist() for name_T in names], prompts]).encode()]
+    found = ask() if system.answered is None else system.answered.get(asked, ask=ask)
+    probability_BK = torch.tensor(found["logprobs"], dtype=torch.float64).softmax(-1).numpy()
     return objective.decided(probability_BK)
 
 

@@ -47,19 +47,28 @@ def num_frozen_blocks(model: Model, *, moving: set[Tensor]) -> int:
     return len(model.layers)
 
 
-def hidden_and_boundary(model: Model, attention: Any, *, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Hidden states [T, D] at the end, and after the lowest `num_blocks` blocks."""
-    seen: list[Tensor] = []
+class _Reached(Exception):
+    """What a block gave, on the way out of the model."""
 
-    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        seen.append((output[0] if isinstance(output, tuple) else output).detach()[0])
+    def __init__(self, hidden_TD: Tensor):
+        self.hidden_TD = hidden_TD
 
-    handle = model.layers[num_blocks - 1].register_forward_hook(keep)
+
+def hidden_below(model: Model, attention: Any, *, num_blocks: int) -> Tensor:
+    """Hidden states [T, D] after the lowest `num_blocks` blocks; those above are not computed."""
+
+    def stop(module: nn.Module, inputs: Any, output: Any) -> None:
+        raise _Reached((output[0] if isinstance(output, tuple) else output)[0])
+
+    handle = model.layers[num_blocks - 1].register_forward_hook(stop)
     try:
-        hidden_TD = model.hidden(attention)
+        with torch.no_grad():
+            model.hidden(attention)
+    except _Reached as reached:
+        return reached.hidden_TD
     finally:
         handle.remove()
-    return hidden_TD, seen[0]
+    raise AssertionError("a model computes its blocks")
 
 
 def hidden_from(model: Model, attention: Any, *, num_blocks: int, given_TD: Tensor, output: BlockOutput) -> Tensor:

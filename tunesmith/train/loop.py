@@ -7,10 +7,8 @@ position is (seed, epoch, cursor) and every random draw is seeded by (seed, step
 to the bit.
 """
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -19,20 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.data.pack import Pack, build_packs, build_unit_packs
+from tunesmith.data.pack import Pack
 from tunesmith.data.tokens import TokenStore
-from tunesmith.data.types import Sequence
 from tunesmith.errors import Interrupted, NumericalError, OutOfMemoryError
 from tunesmith.methods.base import Method, num_trainable, trainable
 from tunesmith.models.blocks import num_frozen_blocks
 from tunesmith.models.load import Model
-from tunesmith.models.readout import target_divergences
-from tunesmith.objectives.base import Loss, Objective, Readout, Reads, Totals
+from tunesmith.objectives.base import Objective
 from tunesmith.train import checkpoint
 from tunesmith.train.features import FrozenFeatures, open_features
 from tunesmith.train.memory import is_out_of_memory, peak_memory_bytes, release_all, release_free_memory
 from tunesmith.train.optimiser import Optimiser, learning_rate
 from tunesmith.train.parallel import ALONE, Processes, clip_gradients, gradient_norm, part_like
+from tunesmith.train.passes import autocast, evaluate_loss, forward, packed
 from tunesmith.train.settings import TrainSettings
 
 FEWEST_TOKENS = 32  # at a time: fewer than a row, so that halving them helps no more
@@ -88,50 +85,6 @@ class FitResult:
     peak_memory_bytes: int
 
 
-def forward(
-    model: Model,
-    pack: Pack,
-    *,
-    objective: Objective,
-    features: FrozenFeatures | None = None,
-    teacher: Model | None = None,
-) -> Loss:
-    """One pack through the model and the objective; `features` are what its frozen blocks gave before."""
-    hidden_TD = model.hidden(model.attention(pack)) if features is None else features.hidden(model, pack)
-    value = reader(model, reads=objective.reads)(pack, hidden_TD=hidden_TD)
-    divergence_N = None
-    if objective.reads == "divergences":
-        assert teacher is not None, "an objective that reads divergences has a teacher"
-        divergence_N = divergences(model, pack, hidden_TD=hidden_TD, objective=objective, teacher=teacher)
-    return objective.loss(Readout.of(value, pack, divergence_N=divergence_N), pack)
-
-
-def reader(model: Model, *, reads: Reads) -> Callable[..., Tensor]:
-    """What gives an objective's readout of a pack."""
-    return {"outputs": model.outputs_at, "hidden": model.hidden_at}.get(reads, model.target_logprobs)
-
-
-def divergences(model: Model, pack: Pack, *, hidden_TD: Tensor, objective: Objective, teacher: Model) -> Tensor:
-    """How far each target's distribution [N] is from the teacher's, who reads the same pack."""
-    with torch.no_grad():
-        teacher_TD = teacher.hidden(teacher.attention(pack))
-    source_N = torch.from_numpy(pack.source_N).to(hidden_TD.device)
-    return target_divergences(
-        hidden_TD.index_select(0, source_N),
-        head=model.head,
-        softcap=model.softcap,
-        teacher_ND=teacher_TD.index_select(0, source_N),
-        teacher_head=teacher.head,
-        teacher_softcap=teacher.softcap,
-        **objective.divergence_options,
-    )
-
-
-def autocast(model: Model, settings: TrainSettings) -> contextlib.AbstractContextManager[Any]:
-    """bf16 arithmetic where the settings ask for it."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-
-
 def epoch_order(num_units: int, *, seed: int, epoch: int) -> np.ndarray:
     """The order of units in an epoch: a function of (seed, epoch) alone."""
     return np.random.default_rng([seed, epoch]).permutation(num_units)
@@ -165,6 +118,7 @@ class Fit:
         observer: Observer,
         teacher: Model | None = None,
         processes: Processes = ALONE,
+        cache: Path | None = None,
     ):
         self.model, self.method, self.objective, self.settings = model, method, objective, settings
         self.processes = processes
@@ -185,25 +139,31 @@ class Fit:
         self.progress = Progress()
         self.signal_number: int | None = None
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
-        self.features, self.validation_features = self._frozen_features(folder / "features")
+        self.features, self.validation_features = self._frozen_features(cache)
 
-    def _frozen_features(self, folder: Path) -> tuple[FrozenFeatures | None, FrozenFeatures | None]:
+    def _frozen_features(self, cache: Path | None) -> tuple[FrozenFeatures | None, FrozenFeatures | None]:
         """What frozen blocks give for the training and validation rows, where either is seen more than once."""
         settings = self.settings
-        if settings.reuse_frozen == "off" or settings.compile or self.processes.count > 1:
+        if cache is None or settings.reuse_frozen == "off" or settings.compile or self.processes.count > 1:
             return None, None
         num_blocks = num_frozen_blocks(self.model, moving=set(self.parameters.values()))
         again = self.num_steps * settings.batch_rows > len(self.train)
         validations = self.num_steps // self.validate_every
         stores = (self.train if again else None, self.validation if validations > 1 else None)
         with autocast(self.model, settings):
-            found = [
+            train, validation = (
                 open_features(
-                    store, model=self.model, num_blocks=num_blocks, folder=folder / name, say=self.observer.message
+                    store,
+                    model=self.model,
+                    num_blocks=num_blocks,
+                    kept_in=cache / "features",
+                    stored_in=self.method.stored_in,
+                    settings=settings,
+                    say=self.observer.message,
                 )
-                for name, store in zip(("train", "validation"), stores, strict=True)
-            ]
-        return found[0], found[1]
+                for store in stores
+            )
+        return train, validation
 
     def run(self) -> FitResult:
         """Train until the steps are done or validation stops improving.
@@ -212,6 +172,7 @@ class Fit:
         """
         self.observer.start(num_steps=self.num_steps, step=self.progress.step)
         self.model.causal.train()
+        self._compute_features()
         while not self._stop_early():
             if self._due(self.checkpoint_every):
                 self.save()
@@ -219,11 +180,19 @@ class Fit:
                 break
             self._next_step()
         self.save()
-        for features in (self.features, self.validation_features):
-            if features is not None:
-                features.remove()
         stopped = "finished" if self.progress.step >= self.num_steps else "early"
         return FitResult(self.progress, stopped, num_trainable(self.model), peak_memory_bytes(self.model.device))
+
+    def _compute_features(self) -> None:
+        """What frozen blocks give, as far as it is not there yet."""
+        started = time.perf_counter()
+        for features in (self.features, self.validation_features):
+            if features is not None:
+                with autocast(self.model, self.settings):
+                    whole = features.compute(self.model, say=self.observer.message, interrupted=self._signalled)
+                if not whole:
+                    self._interrupted()
+        self.progress.seconds += time.perf_counter() - started
 
     def _next_step(self) -> None:
         started = time.perf_counter()
@@ -289,8 +258,6 @@ class Fit:
         ]
         total, tokens, computed, targets = self.processes.sums(counted)
         rate = learning_rate(self.progress.step, peak=self.peak, num_steps=self.num_steps, settings=self.settings)
-        if self.features is not None:
-            self.features.step = self.progress.step
         self.method.at_step(self.model, share=self.progress.step / self.num_steps)
         self.optimiser.zero_grad()
         loss_sum = self._accumulate(packs, num_real=len(real), total=total)
@@ -404,8 +371,6 @@ class Fit:
 
     def _validate(self) -> None:
         assert self.validation is not None
-        if self.validation_features is not None:
-            self.validation_features.step = self.progress.step
         totals = evaluate_loss(
             self.model,
             self.validation if self.validation_features is None else self.validation_features,
@@ -451,9 +416,6 @@ class Fit:
         name = f"step-{self.progress.step:08d}"
         if self.processes.first((self.folder / name).exists):
             return
-        for features in (self.features, self.validation_features):
-            if features is not None:
-                features.flush()
         self._write(
             name,
             tensors=self._weights() | {f"optimiser/{k}": v for k, v in self.optimiser.state().items()},
@@ -472,7 +434,6 @@ class Fit:
         """Take up the newest good checkpoint; False when there is none."""
         path = self.processes.first(lambda: checkpoint.latest(self.folder, warn=self.observer.message))
         if path is None:
-            self._forget_after(0, validated=-1)
             return False
         tensors, state = checkpoint.load(path)
         set_weights(self.parameters, tensors)
@@ -480,15 +441,7 @@ class Fit:
         self.progress = Progress(**state["progress"])
         if self.progress.tokens_at_a_time is not None:
             self._put_through(self.progress.tokens_at_a_time)
-        self._forget_after(self.progress.step, validated=self.progress.validated_step)
         return True
-
-    def _forget_after(self, step: int, *, validated: int) -> None:
-        """Of what frozen blocks gave, keep what this state of the run had."""
-        if self.features is not None:
-            self.features.forget_after(step)
-        if self.validation_features is not None:
-            self.validation_features.forget_after(validated + 1)
 
     def restore_best(self, model: Model | None = None) -> None:
         """Give the model, or a whole one like it, the weights of the best validation loss, or else the last ones."""
@@ -505,65 +458,3 @@ def set_weights(parameters: dict[str, Tensor], tensors: dict[str, Tensor]) -> No
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(part_like(parameter, tensors[f"model/{name}"]))
-
-
-def packed(
-    units: list[list[Sequence]], *, model: Model, settings: TrainSettings, whole: bool = False
-) -> Iterator[Pack]:
-    """Packs of as many tokens as the settings put through the model at a time; `whole`: a unit stays in one."""
-    max_tokens, min_shared = settings.tokens_at_a_time(model.device.type), model.min_shared_tokens
-    if whole:
-        return build_unit_packs(units, max_tokens=max_tokens, min_shared=min_shared)
-    return build_packs([s for unit in units for s in unit], max_tokens=max_tokens, min_shared=min_shared)
-
-
-def batches(
-    store: TokenStore | FrozenFeatures,
-    *,
-    model: Model,
-    settings: TrainSettings,
-    whole: bool = False,
-    units: list[int] | None = None,
-    units_at_a_time: int = 256,
-) -> Iterator[Pack]:
-    """All units of a store, or some, as packs, in order, a bounded number held at a time."""
-    numbers = range(len(store)) if units is None else units
-    for start in range(0, len(numbers), units_at_a_time):
-        some = [store.unit(unit) for unit in numbers[start : start + units_at_a_time]]
-        yield from packed(some, model=model, settings=settings, whole=whole)
-
-
-def evaluate_loss(
-    model: Model,
-    store: TokenStore | FrozenFeatures,
-    *,
-    objective: Objective,
-    settings: TrainSettings,
-    teacher: Model | None = None,
-    processes: Processes = ALONE,
-    interrupted: Callable[[], bool] = lambda: False,
-) -> Totals | None:
-    """Mean loss over a store, of which each process takes its share; None when interrupted. Dropout is off."""
-    totals = Totals()
-    features = store if isinstance(store, FrozenFeatures) else None
-    was_training = model.causal.training
-    model.causal.eval()
-    own = processes.share(range(len(store)))
-    packs = batches(store, model=model, settings=settings, whole=objective.whole_units, units=own or [0])
-    pack = next(packs)
-    with torch.no_grad():
-        left = bool(own)
-        while processes.most([int(left)])[0]:
-            if interrupted():
-                return None
-            if left or processes.divides:
-                with autocast(model, settings):
-                    loss = forward(model, pack, objective=objective, features=features, teacher=teacher)
-            if left:
-                totals.add("loss", sum=float(loss.sum), count=loss.count)
-                for name, (value, count) in loss.metrics.items():
-                    totals.add(name, sum=value, count=count)
-                following = next(packs, None)
-                pack, left = following or pack, following is not None
-    model.causal.train(was_training)
-    return Totals.of(processes.gathered(totals))

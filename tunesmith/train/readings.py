@@ -14,7 +14,7 @@ from tunesmith.models.load import Model
 from tunesmith.objectives.base import Readout
 from tunesmith.objectives.contrastive import Contrastive
 from tunesmith.objectives.headed import Calibration, Headed
-from tunesmith.train.loop import autocast, packed, reader
+from tunesmith.train.passes import autocast, packed, reader
 from tunesmith.train.settings import TrainSettings
 
 UNITS_AT_A_TIME = 1024

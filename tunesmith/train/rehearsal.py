@@ -15,9 +15,10 @@ from tunesmith.data.tokens import TokenStore
 from tunesmith.methods.base import Method, trainable
 from tunesmith.models.load import Model
 from tunesmith.objectives.base import Objective
-from tunesmith.train.loop import autocast, batches, epoch_order, forward, num_steps, packed
+from tunesmith.train.loop import epoch_order, num_steps
 from tunesmith.train.memory import release_free_memory
 from tunesmith.train.optimiser import Optimiser
+from tunesmith.train.passes import autocast, batches, forward, packed
 from tunesmith.train.settings import TrainSettings
 
 MAX_ROWS = 50_000  # of a run: above it the first epoch stands for the later ones
