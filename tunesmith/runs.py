@@ -201,8 +201,7 @@ def make_trainable(model: Model, recipe: Recipe) -> None:
     if recipe.train.gradient_checkpointing:
         model.checkpoint_activations()
     if recipe.train.compile:
-        for layer in model.layers:
-            layer.compile(dynamic=True)
+        model.compile_blocks()
 
 
 def with_objective(recipe: Recipe, objective: dict[str, Any]) -> Recipe:

@@ -219,6 +219,47 @@ def test_attention_and_its_gradients_equal_the_textbook(
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+def varlen_reference(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, same: Tensor, longest: int, again: int, *,
+    scale: float, window_size: tuple[int, int], enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """What torch.nn.attention.varlen.varlen_attn promises, text by text: [T, H, D], [T, K, D], window (left, right)."""
+    assert starts is same
+    assert longest == again == int(starts.diff().max())
+    assert starts.dtype == torch.int32
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    out = []
+    for first, last in pairwise(starts.tolist()):
+        q, k, v = (t[first:last].transpose(0, 1)[None] for t in (query, key, value))
+        distance = torch.arange(last - first)[:, None] - torch.arange(last - first)[None]
+        left, right = window_size
+        seen = (distance <= left if left >= 0 else True) & (distance >= -right if right >= 0 else distance > -10_000)
+        out.append(plain_attention(q, k, v, seen_TT=seen, scaling=scale, softcap=None)[0])
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_texts_that_share_nothing_go_to_the_kernel_for_texts_of_different_lengths(
+    both_ways: bool, window: int | None, heads: tuple[int, int]
+) -> None:
+    random = np.random.default_rng(0)
+    rows = [
+        Sequence(np.r_[n, random.integers(9, 99, n)].astype(np.int32), np.zeros(n + 1, np.float32), n)
+        for n in (1, 6, 4)
+    ]
+    attention = PackAttention(build_pack(rows).padded(8), device=CPU, both_ways=both_ways)
+    assert not attention.shares
+    assert PackAttention(build_pack([rows[0], rows[0]], min_shared=1, merge_same=True), device=CPU).shares is False
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, heads[0], 16, 4), *[(1, heads[1], 16, 4)] * 2]
+    inputs = [torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes]
+    ours = attention._varlen(varlen_reference, *inputs, scaling=0.7, window=window)
+    expected = attention.attend(torch.nn.Identity(), *inputs, scaling=0.7, sliding_window=window, softcap=None)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_scores_far_apart_between_the_pieces_lose_nothing() -> None:
     """The pieces are merged by their log-sum-exp, which must hold where one piece outweighs the other by e^1000."""
     pack = build_pack(

@@ -1,4 +1,4 @@
-"""Packs that are filled up, so that products have few shapes."""
+"""Packs of few shapes, and blocks that are compiled once for packs of all shapes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,12 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from tunesmith.data.pack import FILLED_TO, build_pack
 from tunesmith.data.types import Sequence
+from tunesmith.methods.base import trainable
+from tunesmith.methods.lora import Lora
 from tunesmith.methods.prefix import Prefix
+from tunesmith.models.attention import register
 from tunesmith.models.load import Model
-from tunesmith.train.passes import packed
+from tunesmith.objectives.instruction import Instruction
+from tunesmith.train.passes import forward, packed
 from tunesmith.train.settings import TrainSettings
 
 
@@ -44,3 +49,37 @@ def test_packs_are_filled_up_in_bf16_alone(build_model: Callable[..., Model], ro
         for settings in [TrainSettings(precision=precision)]
     }
     assert lengths == {"fp32": [53], "bf16": [64]}
+
+
+def test_compiled_blocks_are_compiled_once_for_packs_of_every_shape(
+    build_model: Callable[..., Model],
+) -> None:
+    model, plain = build_model("llama"), build_model("llama")
+    for made in (model, plain):
+        Lora(rank=2).apply(made, seed=0)
+    counters.clear()
+    try:
+        model.compile_blocks(backend="aot_eager")
+        check_graphs(model, plain)
+    finally:
+        register()
+        torch.compiler.reset()
+
+
+def check_graphs(model: Model, plain: Model) -> None:
+    random = np.random.default_rng(1)
+    root = random.integers(6, 260, 20)
+    graphs = []
+    for number in range(5):
+        tails = [random.integers(6, 260, int(random.integers(5, 30))) for _ in range(2 + number)]
+        tokens = [np.concatenate([root, tail]) if n % 2 else tail for n, tail in enumerate(tails)]
+        rows = [Sequence(t.astype(np.int32), (np.arange(len(t)) > 3).astype(np.float32)) for t in tokens]
+        losses = [forward(m, build_pack(rows), objective=Instruction()).sum for m in (model, plain)]
+        for loss in losses:
+            loss.backward()
+        assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=1e-12)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert set(graphs) == {graphs[0]}
+    gradients = [[p.grad for p in trainable(m).values()] for m in (model, plain)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)

@@ -17,6 +17,8 @@ On a GPU the rule is a FlexAttention block mask. In an encoder, whose packs shar
 Shapes: T packed tokens, H query heads, K key/value heads, D head dimension.
 """
 
+import inspect
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +30,7 @@ from tunesmith.data.pack import Pack
 from tunesmith.models.virtual import Virtual
 
 NAME = "tunesmith"
+HALF = (torch.bfloat16, torch.float16)
 HIDDEN_SCORE = -1e30  # finite, so that a query that sees nothing of a piece gives it weight zero and not NaN
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -88,6 +91,11 @@ def register() -> None:
 register()
 
 
+def leave_out_of_graphs() -> None:
+    """From here on torch.compile leaves attention out: its pieces differ from pack to pack, and so would the graphs."""
+    AttentionInterface.register(NAME, torch.compiler.disable(_attention, reason="the rule is another in every pack"))
+
+
 class Piece:
     """Queries [q0, q1) against keys [k0, k1): a node's own, causal or not, or those above, of what is below a node."""
 
@@ -120,6 +128,7 @@ class PackAttention:
         nodes = pack.nodes
         below = [n for n in nodes if n.end > n.stop]
         assert not (both_ways and below), "an encoder's texts share nothing"
+        self.shares = bool(below)
         self.pieces = [Piece(n.start, n.stop, n.start, n.stop, own=True, causal=not both_ways) for n in nodes]
         self.pieces += [Piece(n.stop, n.end, n.start, n.stop, own=False, causal=False) for n in below]
         self._masks: dict[Any, Any] = {}
@@ -139,6 +148,8 @@ class PackAttention:
         window = sliding_window if sliding_window is not None and sliding_window < self.depth else None
         query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves the rotated ones wider
         if self.device.type == "cuda":
+            if softcap is None and not self.shares and value.dtype in HALF and (flash := _varlen_flash()) is not None:
+                return self._varlen(flash, query, key, value, scaling=scaling, window=window)
             return self._flex(query, key, value, scaling=scaling, window=window, softcap=softcap)
         if softcap is not None:
             groups = query.shape[1] // key.shape[1]
@@ -187,6 +198,28 @@ class PackAttention:
             out.append(weights_TT @ value[0, head])
         return torch.stack(out, dim=1)[None]
 
+    def _varlen(
+        self, flash: Any, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None
+    ) -> Tensor:
+        """Flash attention over texts that stand one behind the other and share nothing."""
+        if "texts" not in self._masks:
+            starts = [node.start for node in self.pack.nodes] + [len(self.end_T)]
+            longest = max(node.stop - node.start for node in self.pack.nodes)
+            self._masks["texts"] = (torch.tensor(starts, dtype=torch.int32, device=self.device), longest)
+        starts, longest = self._masks["texts"]
+        before = -1 if window is None else window - 1  # tokens to the left, all for -1
+        out: Tensor = flash(
+            *(part[0].transpose(0, 1) for part in (query, key, value)),
+            starts,
+            starts,
+            longest,
+            longest,
+            scale=scaling,
+            window_size=(before, before if self.both_ways else 0),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out[None]
+
     def _flex(
         self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None, softcap: float | None
     ) -> Tensor:
@@ -226,16 +259,21 @@ class PackAttention:
         return visible
 
 
-_flex_cache: list[Any] = []
+@cache
+def _varlen_flash() -> Any | None:
+    """torch's flash attention for texts of different lengths, None where it or the GPU cannot do what is needed."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    knows = {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+    return varlen_attn if knows and torch.cuda.get_device_capability() >= (8, 0) else None
 
 
+@cache
 def _compiled_flex() -> Any:
     """FlexAttention compiled once for dynamic lengths."""
-    if not _flex_cache:
-        from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-        _flex_cache.append(torch.compile(flex_attention, dynamic=True))
-    return _flex_cache[0]
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def _wide(*tensors: Tensor) -> list[Tensor]:

@@ -234,6 +234,14 @@ class Model:
         stored = sum(m.in_features * m.out_features for m in self.causal.modules() if isinstance(m, QuantisedLinear))
         return stored + sum(p.numel() for _, p in self.named_parameters())
 
+    def compile_blocks(self, *, backend: str = "inductor") -> None:
+        """torch.compile of each block: one graph before attention and one behind it, for packs of any length."""
+        from tunesmith.models.attention import leave_out_of_graphs
+
+        leave_out_of_graphs()
+        for layer in self.layers:
+            layer.compile(dynamic=True, backend=backend)
+
     def checkpoint_activations(self) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""
         with warnings.catch_warnings():
