@@ -497,6 +497,27 @@ def test_other_rows_and_settings_may_be_given(original, shared):
         api.evaluation_settings(shared, against=["peer"])
 
 
+def test_base_and_tuned_may_look_up_rows_or_passages(original, shared, project):
+    settings = EvaluateSettings(against=("base", "retrieval", "tuned_retrieval"), look_up=2, max_tokens=4)
+    document = evaluate(original, shared, settings=settings).document
+    assert document["systems"] == ["base", "retrieval", "tuned", "tuned_retrieval"]
+    shown = [json.loads(line) for line in (shared.path / "examples.jsonl").read_text().splitlines()]
+    trained = {f"{original / 'rows.jsonl'}:{line}" for line in range(1, 25)} - {row["origin"] for row in shown}
+    for row in shown:
+        assert set(row["looked_up"]) == {"retrieval", "tuned_retrieval"}
+        assert len(row["looked_up"]["retrieval"]) == 2
+        assert set(row["looked_up"]["retrieval"]) <= trained
+    (project / "library").mkdir()
+    (project / "library" / "colours.txt").write_text("What colour has number 3? It is green.")
+    settings = settings.model_copy(update={"documents": str(project / "library"), "against": ("retrieval",)})
+    document = evaluate(original, shared, settings=settings).document
+    assert document["systems"] == ["retrieval", "tuned"]
+    shown = [json.loads(line) for line in (shared.path / "examples.jsonl").read_text().splitlines()]
+    assert {origin for row in shown for origin in row["looked_up"]["retrieval"]} == {"colours.txt:1"}
+    with pytest.raises(ValueError, match="look_up has no effect"):
+        EvaluateSettings(look_up=3)
+
+
 @pytest.mark.parametrize("against", ["[base]", "[few_shot]", "[]"])
 def test_a_run_may_be_compared_with_less(project, against):
     run = tune(project, "train.max_steps=1", f"evaluate={{against: {against}, max_tokens: 4, metrics: [perplexity]}}")

@@ -380,7 +380,7 @@ def evaluation_settings(run: Run, *, against: list[str] | None = None, rows: int
     except ValidationError as error:
         raise RecipeError(
             f"--against or --rows: {error.errors()[0]['msg']}",
-            hint="--against takes base, few_shot, majority, mean and median",
+            hint="--against takes base, few_shot, retrieval, tuned_retrieval, majority, mean and median",
         ) from None
 
 

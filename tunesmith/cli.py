@@ -193,7 +193,8 @@ def evaluate(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            "--against", help="base, few_shot, majority, mean, median (may be repeated); the recipe's by default"
+            "--against",
+            help="base, few_shot, retrieval, tuned_retrieval, majority, mean, median (repeatable); the recipe's by default",
         ),
     ] = None,
     rows: Annotated[int | None, typer.Option("--rows", help="at most this many rows")] = None,

@@ -48,9 +48,8 @@ from tunesmith.runs import (
     record_combined,
     record_end,
     template_of_run,
-    versions,
 )
-from tunesmith.storage import new_folder, read_json, write_bytes, write_json, write_text
+from tunesmith.storage import new_folder, read_json, versions, write_bytes, write_json, write_text
 from tunesmith.tuned import load
 
 FILE = "combination.json"

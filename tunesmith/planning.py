@@ -207,6 +207,7 @@ def set_up(
     check_installed(recipe.method.stored_in)
     check_suits(recipe)
     model = load_model(recipe.base, device=device)
+    model.stands_for = device_of(recipe.train) if device == "meta" else None
     teacher = teacher_of(recipe, model=model)
     template: ChatTemplate = template_of(model, recipe)
     growth = grow_tokenizer(recipe, model=model, workspace=workspace, template=template, on_message=on_message)

@@ -2,12 +2,10 @@
 
 import contextlib
 import datetime
-import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +36,13 @@ from tunesmith.recipe import Recipe
 from tunesmith.registry.index import Index
 from tunesmith.registry.store import Store
 from tunesmith.registry.workspace import LATEST, Workspace, find_workspace, recipe_name
-from tunesmith.storage import code_digest, read_json, write_json, write_text
+from tunesmith.storage import code_digest, read_json, versions, write_json, write_text
 from tunesmith.train.loop import Fit
 from tunesmith.train.memory import peak_memory_bytes
 from tunesmith.train.settings import TrainSettings
 
 STORED_BYTES = 1 << 30  # a data file up to this size is kept in the store, so its exact bytes stay at hand
 VOCABULARY = "vocabulary.json"  # what new tokens are and gain, in the folder of a run that has some
-PACKAGES = ("tunesmith", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)
@@ -207,15 +204,6 @@ def make_trainable(model: Model, recipe: Recipe) -> None:
 def with_objective(recipe: Recipe, objective: dict[str, Any]) -> Recipe:
     """The recipe with what the objective took from the base and the rows."""
     return recipe.model_copy(update={"objective": type(recipe.objective).model_validate(objective)})
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
 
 
 def resolved_of(recipe: Recipe, *, model: Model, prepared: Prepared, template: ChatTemplate) -> dict[str, Any]:

@@ -15,11 +15,13 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
 import signal
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +31,7 @@ from safetensors import SafetensorError
 from tunesmith.errors import NotFoundError, StorageError
 
 CHUNK_BYTES = 1 << 20
+PACKAGES = ("tunesmith", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 PARTIAL, OLD = ".tunesmith-partial", ".old.tunesmith-partial"
 SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -251,6 +254,15 @@ def code_digest(*folders: str) -> str:
     for path in sorted(path for folder in folders for path in package.glob(f"{folder}/*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def make_room(folder: Path, *, num_bytes: int, max_bytes: int, max_share_of_free: float = 1.0) -> bool:

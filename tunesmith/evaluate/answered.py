@@ -13,13 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-import torch
-import transformers
-
 from tunesmith.errors import NotFoundError, StorageError
 from tunesmith.models.load import Model
-from tunesmith.storage import code_digest, make_room, read_json, write_json
+from tunesmith.storage import code_digest, make_room, read_json, versions, write_json
 
 MAX_BYTES = 1 << 30  # of all entries
 
@@ -48,8 +44,7 @@ class Answered:
     def _digest(self, asked: Iterable[bytes]) -> str:
         parameter = next(self.model.causal.parameters())
         who = [self.model.digest, str(parameter.dtype), parameter.device.type]
-        code = code_digest("data", "evaluate", "generate", "models", "objectives")
-        how = [code, torch.__version__, transformers.__version__, tokenizers.__version__]
+        how = [code_digest("data", "evaluate", "generate", "models", "objectives"), versions()]
         digest = hashlib.sha256(json.dumps([who, how]).encode())
         for part in asked:
             digest.update(len(part).to_bytes(8, "big") + part)

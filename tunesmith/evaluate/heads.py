@@ -25,8 +25,8 @@ from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example, Message, Sequence
 from tunesmith.errors import RecipeError
 from tunesmith.evaluate.metrics import METRICS
-from tunesmith.evaluate.result import Answers, Evaluation, concluded, drawn
-from tunesmith.evaluate.run import PACK_TOKENS, System, only_last, prompt_messages
+from tunesmith.evaluate.result import UNTUNED, Answers, Evaluation, concluded, drawn
+from tunesmith.evaluate.run import PACK_TOKENS, System, only_last
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.models.load import Model
 from tunesmith.objectives.classification import Classification
@@ -44,7 +44,7 @@ def named_classes(
     """What the model says of rows when it can answer with nothing but a class's name."""
     assert objective.labels is not None
     names = names_of(objective.labels, template=template)
-    prompts = [prompt_of(_asked(e, shots=system.shots, template=template), template=template) for e in examples]
+    prompts = [prompt_of(_asked(e, system=system, template=template), template=template) for e in examples]
 
     def ask() -> dict[str, Any]:
         logprob_BK = np.zeros((len(examples), len(names)))
@@ -63,7 +63,7 @@ def named_classes(
 def that_fit(
     examples: list[Example],
     *,
-    shots: tuple[Example, ...],
+    system: System,
     objective: Classification,
     template: ChatTemplate,
     room_tokens: int,
@@ -71,14 +71,14 @@ def that_fit(
     """The rows whose prompt in words, with the name of every class behind it, fits into the context."""
     assert objective.labels is not None
     room = room_tokens - max(map(len, names_of(objective.labels, template=template)))
-    prompts = (prompt_of(_asked(e, shots=shots, template=template), template=template) for e in examples)
+    prompts = (prompt_of(_asked(e, system=system, template=template), template=template) for e in examples)
     return [example for example, prompt in zip(examples, prompts, strict=True) if len(prompt) <= room]
 
 
-def _asked(example: Example, *, shots: tuple[Example, ...], template: ChatTemplate) -> Example:
-    """The row in words, with `shots` in its prompt."""
+def _asked(example: Example, *, system: System, template: ChatTemplate) -> Example:
+    """The row in words, as the system is asked for it."""
     worded = in_words(example)
-    return only_last(worded, prompt_messages(worded, shots=shots, plain=template.plain))
+    return only_last(worded, system.prompt(worded, plain=template.plain))
 
 
 def _likelihoods(model: Model, units: list[list[Sequence]]) -> np.ndarray:
@@ -117,7 +117,7 @@ def systems_of(objective: Headed, *, settings: EvaluateSettings, speaks: bool) -
     if settings.against is None:
         return (("base", "few_shot") if in_words else ()) + objective.baselines
     for name in settings.against:
-        if name in ("base", "few_shot") and not in_words:
+        if name in UNTUNED and not in_words:
             raise RecipeError(
                 f"evaluate.against: '{name}' cannot answer here: this base has no head for a {objective.kind_name}",
                 hint=f"there are {', '.join(objective.baselines)}",

@@ -16,6 +16,8 @@ from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.evaluate.statistics import compare, interval, verdict
 from tunesmith.storage import write_json, write_text
 
+UNTUNED = ("base", "few_shot", "retrieval")  # systems in the order in which they are shown, before the others
+
 
 @dataclass
 class Answers:
@@ -72,6 +74,7 @@ def concluded(
     data: str,
     num_shots: int,
     num_left_out: int,
+    looked_up: dict[str, list[list[str]]] | None = None,
 ) -> Evaluation:
     """The evaluation: `scores` by metric and system, the first metric and the first system at the head of the verdict."""
     metrics = {name: _compared(name, rows, seed=settings.seed) for name, rows in scores.items()}
@@ -82,7 +85,11 @@ def concluded(
     document["few_shot_examples"] = num_shots
     document["rows_sha256"] = hashlib.sha256(keys.encode()).hexdigest()  # what two runs must share to be compared
     document["left_out_rows"] = num_left_out
-    return Evaluation(document, _row_table(examples, references, answers, scores, prompts))
+    rows = _row_table(examples, references, answers, scores, prompts)
+    for system, found in (looked_up or {}).items():
+        for row, origins in zip(rows, found, strict=True):
+            row.setdefault("looked_up", {})[system] = origins
+    return Evaluation(document, rows)
 
 
 def drawn(examples: list[Example], *, settings: EvaluateSettings) -> list[Example]:
@@ -125,7 +132,7 @@ def _document(
     decided = ("undecided", "there is nothing to compare with")
     if len(names) > 1:
         decided = verdict(metrics, primary=primary, rows=rows, systems=(names[0], names[1]))
-    order = [n for n in ("base", "few_shot") if n in names] + [n for n in names if n not in ("base", "few_shot")]
+    order = [n for n in UNTUNED if n in names] + [n for n in names if n not in UNTUNED]
     return {
         "run": run,
         "data": data,

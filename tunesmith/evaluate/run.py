@@ -1,8 +1,8 @@
 """Base and tuned on the same held-out rows: the same prompts, the same ids, the same metrics.
 
-Three systems answer every row: the tuned model, its base, and the base with a few training examples in the prompt, which
-costs no training at all. Likelihoods are read from packs, answers are generated greedily; either way what rows share is
-computed once.
+The systems that answer every row are the tuned model, its base, and the base with a few training examples in the prompt,
+or with what was looked up for each row: neither costs any training. Likelihoods are read from packs, answers are generated
+greedily; either way what rows share is computed once.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.evaluate.answered import Answered
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.result import Answers, Evaluation, concluded, drawn
+from tunesmith.evaluate.retrieval import Lookup
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.generate.runner import Generator
 from tunesmith.generate.sampling import Sampling
@@ -34,7 +35,8 @@ PACK_TOKENS = 4096
 class System:
     """Something that answers: a model (entered through `switched` first) and examples put into the prompt.
 
-    `template` is given where its tokens are not those of the first system, `answered` where what it says is kept.
+    `lookup` finds others for each question instead. `template` is given where its tokens are not those of the first
+    system, `answered` where what it says is kept.
     """
 
     name: str
@@ -43,6 +45,13 @@ class System:
     shots: tuple[Example, ...] = ()
     template: ChatTemplate | None = None
     answered: Answered | None = None
+    lookup: Lookup | None = None
+
+    def prompt(self, example: Example, *, plain: bool) -> list[Message]:
+        """What is asked of a row; `plain`: the base has no chat template."""
+        if self.lookup is not None:
+            return self.lookup.prompt(example)
+        return prompt_messages(example, shots=self.shots, plain=plain)
 
 
 def reference_of(example: Example, *, template: ChatTemplate) -> str:
@@ -132,18 +141,15 @@ class _Rendered:
         """The row's sequences, its reference alone trained, in the context of a system's model."""
         template = system.template or self.template
         room = system.model.room_tokens if example.text is not None else 0
-        key = (id(example), id(template), room, *map(id, system.shots))
+        key = (id(example), id(template), room, id(system.lookup), *map(id, system.shots))
         if key not in self._found:
-            self._found[key] = self._render(example, template=template, shots=system.shots, room=room)
+            self._found[key] = self._render(example, system=system, template=template, room=room)
         return self._found[key]
 
-    def _render(
-        self, example: Example, *, template: ChatTemplate, shots: tuple[Example, ...], room: int
-    ) -> list[Sequence]:
+    def _render(self, example: Example, *, system: System, template: ChatTemplate, room: int) -> list[Sequence]:
         if example.text is not None:
             return self.objective.sequences([example], template=template, max_tokens=room)[0]
-        prompt = prompt_messages(example, shots=shots, plain=template.plain)
-        return template.sequences([only_last(example, prompt)])[0]
+        return template.sequences([only_last(example, system.prompt(example, plain=template.plain))])[0]
 
 
 def evaluate_systems(
@@ -195,6 +201,7 @@ def evaluate_systems(
         data=data,
         num_shots=max(len(s.shots) for s in systems),
         num_left_out=len(examples) - len(fitting),
+        looked_up={s.name: [s.lookup.origins(e) for e in kept] for s in systems if s.lookup is not None},
     )
 
 
@@ -247,7 +254,7 @@ def _answer(
     rows = [rendered.of(example, system=system) for example in examples]
     ids: list[list[int]] = []
     if generated:
-        prompts = [prompt_messages(e, shots=system.shots, plain=template.plain) for e in examples]
+        prompts = [system.prompt(e, plain=template.plain) for e in examples]
         ids = [template.prompt(p, tools=e.tools).ids for p, e in zip(prompts, examples, strict=True)]
 
     def ask() -> dict[str, Any]:

@@ -9,6 +9,10 @@ from tunesmith.evaluate.metrics import METRICS
 RESOLVED = {"resolved": True}  # the validation context of recipes in which every default is spelled out
 
 
+SystemName = Literal["base", "few_shot", "retrieval", "tuned_retrieval", "majority", "mean", "median"]
+LOOKING_UP = ("retrieval", "tuned_retrieval")
+
+
 class EvaluateSettings(BaseModel):
     """How base and tuned are compared. The first metric decides the verdict."""
 
@@ -17,12 +21,17 @@ class EvaluateSettings(BaseModel):
     metrics: tuple[str, ...] | None = Field(
         default=None, description="which metrics; by default what fits the answers (see docs/evaluation.md)"
     )
-    against: tuple[Literal["base", "few_shot", "majority", "mean", "median"], ...] | None = Field(
+    against: tuple[SystemName, ...] | None = Field(
         default=None,
         description="the systems that the tuned model is compared with; by default base and few_shot, for a classification"
-        " also the most frequent class (majority), for a regression the median and the mean of the training rows",
+        " also the most frequent class (majority), for a regression the median and the mean of the training rows; retrieval "
+        "and tuned_retrieval are base and tuned with what was looked up for each row",
     )
     few_shot: int = Field(default=4, ge=1, le=64, description="training examples in the prompt of `few_shot`")
+    look_up: int = Field(default=4, ge=1, le=64, description="rows or passages looked up for each row")
+    documents: str | None = Field(
+        default=None, description="folder of texts in which passages are looked up; the training rows by default"
+    )
     rows: int | None = Field(default=None, ge=1, description="evaluate this many held-out rows at most; all by default")
     max_tokens: int = Field(default=256, ge=1, description="longest generated answer in tokens")
     batch_rows: int = Field(default=64, ge=1, description="answers generated at a time; bounds memory, not the result")
@@ -48,4 +57,7 @@ class EvaluateSettings(BaseModel):
             return self
         if "few_shot" in self.model_fields_set and self.against is not None and "few_shot" not in self.against:
             raise ValueError("few_shot has no effect because `against` does not name few_shot")
+        for name in ("look_up", "documents"):
+            if name in self.model_fields_set and not set(self.against or ()) & set(LOOKING_UP):
+                raise ValueError(f"{name} has no effect because `against` names none of {', '.join(LOOKING_UP)}")
         return self

@@ -66,7 +66,8 @@ class Model:
 
     `causal` is the transformers model, `folder` where it came from (None for a new one), `digest` the SHA-256 of all
     its bytes, `context_tokens` the longest sequence it was made for, `outputs` the head of an objective that has one
-    (models/heads.py), `files` the SHA-256 of each file in the folder as it was loaded.
+    (models/heads.py), `files` the SHA-256 of each file in the folder as it was loaded. `stands_for` is the type of device
+    that a model on `meta` is planned for.
     """
 
     causal: Any
@@ -77,6 +78,12 @@ class Model:
     context_tokens: int
     outputs: torch.nn.Linear | None = None
     files: dict[str, str] = field(default_factory=dict)
+    stands_for: str | None = None
+
+    @property
+    def runs_on(self) -> str:
+        """`cpu` or `cuda`."""
+        return self.stands_for or self.device.type
 
     @property
     def device(self) -> torch.device:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 
 from tunesmith.data.pack import Forest, Pack, build_packs
@@ -26,7 +25,7 @@ from tunesmith.data.tokens import TokenStore
 from tunesmith.data.types import Sequence
 from tunesmith.models.blocks import block_output, hidden_below, hidden_from
 from tunesmith.models.load import Model
-from tunesmith.storage import code_digest, make_room, read_json, sha256_file, storage_errors, write_json
+from tunesmith.storage import code_digest, make_room, read_json, sha256_file, storage_errors, versions, write_json
 from tunesmith.train.settings import TrainSettings
 
 MAX_BYTES = 16 << 30  # of all that is kept in a workspace
@@ -56,7 +55,7 @@ class FrozenFeatures:
         what = [
             [sha256_file(store.folder / f"{name}.bin") for name in ROWS],
             [model.digest, num_blocks, num_tokens, str(self.output), model.device.type, about],
-            [code_digest("models", "data"), torch.__version__, transformers.__version__],
+            [code_digest("data", "models"), versions()],
         ]
         self.folder = kept_in / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
 

@@ -72,12 +72,12 @@ def packed(
 
     In bf16 on a CPU they are filled up, since oneDNN makes and keeps a kernel for each shape of a product (docs/log.md).
     """
-    max_tokens, min_shared = settings.tokens_at_a_time(model.device.type), model.min_shared_tokens
+    max_tokens, min_shared = settings.tokens_at_a_time(model.runs_on), model.min_shared_tokens
     if whole:
         packs = build_unit_packs(units, max_tokens=max_tokens, min_shared=min_shared)
     else:
         packs = build_packs([s for unit in units for s in unit], max_tokens=max_tokens, min_shared=min_shared)
-    filled_up = settings.precision == "bf16" and model.device.type == "cpu"
+    filled_up = settings.precision == "bf16" and model.runs_on == "cpu"
     return (pack.padded() for pack in packs) if filled_up else packs
 
 
