@@ -1,6 +1,7 @@
 """The verbs as Python functions, on a toy base: tune, stop, go on, evaluate, load, export."""
 
 import hashlib
+import html
 import json
 import math
 import shutil
@@ -495,6 +496,27 @@ def test_other_rows_and_settings_may_be_given(original, shared):
     assert api.evaluation_settings(shared) == shared.recipe.evaluate
     with pytest.raises(RecipeError):
         api.evaluation_settings(shared, against=["peer"])
+
+
+def test_what_is_forgotten_is_measured_and_the_gate_says_no(project):
+    text = "".join(f"Number {i} of a text that has nothing to do with colours.\n" for i in range(80))
+    (project / "general.txt").write_text(text)
+    rules = '{general: "not worse by 0.02", exact_match: "> 2"}'
+    run = tune(project, f"evaluate={{general: general.txt, gate: {rules}, max_tokens: 4}}")
+    document = evaluate(project, run).document
+    general = document["general"]
+    assert (general["data"].endswith("general.txt"), general["metric"]) == (True, "bits_per_byte")
+    assert general["rows"] == -(-len(text) // 1200)
+    before, after = (general["systems"][system]["value"] for system in ("base", "tuned"))
+    assert after < before  # this base knows nothing, so there is nothing to forget
+    assert general["difference"]["value"] == pytest.approx(after - before)
+    assert general["outcome"] == "kept"
+    assert [rule["passed"] for rule in document["gate"]["rules"]] == [True, False]
+    assert not document["gate"]["passed"]
+    assert json.loads((run.path / "evaluation.json").read_text()) == document
+    report = (run.path / "report.html").read_text()
+    assert general["sentence"][1:] in html.unescape(report)
+    assert "The gate says no" in report
 
 
 def test_base_and_tuned_may_look_up_rows_or_passages(original, shared, project):

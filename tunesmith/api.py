@@ -27,6 +27,8 @@ from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example
 from tunesmith.errors import DataError, Interrupted, NotFoundError, RecipeError, StorageError
 from tunesmith.evaluate.answered import Answered
+from tunesmith.evaluate.gate import judged
+from tunesmith.evaluate.general import prove_general, read_general
 from tunesmith.evaluate.report import write_report
 from tunesmith.evaluate.result import Evaluation
 from tunesmith.evaluate.run import System
@@ -349,22 +351,42 @@ def evaluate(
         name, examples = own_rows(run, prepared)
     else:
         name, examples = str(data), _other_rows(recipe, data)
+    general = None if settings.general is None else _general_rows(settings.general, model=tuned.model)
     own = template_of(base, recipe, run=run.path) if recipe.objective.num_new_tokens else None
     prove = prove_head if isinstance(recipe.objective, Headed) else prove_text
+    before = System("base", base, switched, template=own, answered=Answered(workspace.cache / "answers", base))
     evaluation = prove(
         tuned,
-        System("base", base, switched, template=own, answered=Answered(workspace.cache / "answers", base)),
+        before,
         settings=settings,
         train=(lambda: iter(())) if prepared is None else partial(prepared.examples, "train"),
         examples=examples,
         data=name,
         on_progress=on_progress,
     )
+    if general is not None:
+        evaluation.document["general"] = prove_general(
+            System("tuned", tuned.model),
+            before,
+            general,
+            settings=settings,
+            template=tuned.template,
+            run=run.name,
+            on_progress=on_progress,
+        )
+    if settings.gate is not None:
+        evaluation.document["gate"] = judged(evaluation.document, settings.gate)
     evaluation.write(run.path)
     with contextlib.suppress(NotFoundError):
         index_of(workspace).record_evaluation(run.name)
     write_report(run.path)
     return evaluation
+
+
+def _general_rows(path: str, *, model: Model) -> list[Example]:
+    if model.is_encoder or model.is_encoder_decoder:
+        raise RecipeError("evaluate.general: this base does not go on with a text", hint="leave it out")
+    return read_general(path)
 
 
 def evaluation_settings(run: Run, *, against: list[str] | None = None, rows: int | None = None) -> EvaluateSettings:

@@ -217,6 +217,8 @@ def evaluate(
         as_json=as_json,
         text=lambda: f"{evaluation_text(evaluation.document)}\n\nreport: {report}",
     )
+    if not evaluation.document.get("gate", {}).get("passed", True):
+        raise typer.Exit(3)
 
 
 @app.command()

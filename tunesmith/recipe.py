@@ -293,4 +293,7 @@ def _resolved(recipe: Recipe, *, folder: Path) -> Recipe:
         os.path.join(folder, os.path.expanduser(objective.teacher_base))
     ):
         objective = objective.model_copy(update={"teacher": path(objective.teacher_base)})
-    return recipe.model_copy(update={"data": data.model_copy(update=update), "base": base, "objective": objective})
+    named = {key: getattr(recipe.evaluate, key) for key in ("general", "documents")}
+    evaluate = recipe.evaluate.model_copy(update={key: path(name) for key, name in named.items() if name is not None})
+    sections = {"data": data.model_copy(update=update), "base": base, "objective": objective, "evaluate": evaluate}
+    return recipe.model_copy(update=sections)

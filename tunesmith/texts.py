@@ -63,7 +63,18 @@ def evaluation_text(document: dict[str, Any]) -> str:
     left = f", {document['left_out_rows']} rows did not fit" if document.get("left_out_rows") else ""
     head = f"{document['run']} on {document['rows']:,} held-out rows ({document['data']}{left})"
     parts = [head, "", aligned(table), "", aligned(differences), "", document["sentence"]]
-    return "\n".join([*parts, ALSO_CHOSE] if document["data"] == "validation" else parts)
+    parts += [ALSO_CHOSE] if document["data"] == "validation" else []
+    if general := document.get("general"):
+        parts += ["", f"general rows ({general['data']}, {general['rows']:,}): {general['sentence']}"]
+        if general["right_before"]:
+            where = ", ".join(flip["origin"] for flip in general["flips"][:5])
+            parts.append(f"{general['right_before']:,} answers were right before and are wrong now: {where}")
+    if gate := document.get("gate"):
+        rules = [["", "gate", "", "because"]]
+        for rule in gate["rules"]:
+            rules.append(["yes" if rule["passed"] else "NO", rule["metric"], rule["rule"], rule["because"]])
+        parts += ["", aligned(rules), f"the gate {'lets it pass' if gate['passed'] else 'says no'}"]
+    return "\n".join(parts)
 
 
 def prediction_text(result: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from tunesmith.storage import read_json, write_text
 MAX_FOLD = 600  # characters of a text shown before the rest is folded
 MAX_DOCUMENT = 40_000  # characters of the recipe
 MAX_LEDGER_DETAILS = 200
+MAX_FLIPS = 10
 
 
 def write_report(run_folder: Path) -> Path:
@@ -50,6 +51,8 @@ def write_report(run_folder: Path) -> Path:
         "verdict": _verdict(evaluation, headline=headline, name=run.get("run") or run_folder.name),
         "scores": _scores(evaluation) if evaluation else None,
         "differences": _differences(evaluation) if evaluation else None,
+        "general": _general(evaluation["general"]) if evaluation and "general" in evaluation else None,
+        "gate": (evaluation or {}).get("gate"),
         "curves": curves(run_folder / "metrics.jsonl", best_step=run.get("best_step")),
         "examples": examples(run_folder / "examples.jsonl", headline=headline),
         "ledger": _ledger(read_optional(run_folder / "ledger.json")),
@@ -149,6 +152,32 @@ def _scores(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "num_rows": evaluation["rows"],
         "kind": evaluation["data"] if evaluation["data"] in ("test", "validation") else "other",
         "note": ALSO_CHOSE if evaluation["data"] == "validation" else "",
+    }
+
+
+def _general(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What tuning did to general rows: a sentence, both scores, and answers that were right before."""
+    places = max(2, *(decimals(score["high"] - score["low"]) for score in entry["systems"].values()))
+    flips = [
+        {
+            "question": flip["prompt"][-1]["content"] if flip["prompt"] else "",
+            "reference": flip["reference"],
+            "now": flip["outputs"].get("tuned", ""),
+            "origin": flip["origin"],
+        }
+        for flip in entry["flips"][:MAX_FLIPS]
+    ]
+    return {
+        "mark": {"kept": "better", "lost": "worse"}.get(entry["outcome"], "undecided"),
+        "sentence": entry["sentence"][:1].upper() + entry["sentence"][1:],
+        "data": Path(entry["data"]).name,
+        "rows": entry["rows"],
+        "metric": entry["metric"],
+        "direction": "higher" if entry["higher_is_better"] else "lower",
+        "base": f"{entry['systems']['base']['value']:.{places}f}",
+        "tuned": f"{entry['systems']['tuned']['value']:.{places}f}",
+        "right_before": entry["right_before"],
+        "flips": flips,
     }
 
 

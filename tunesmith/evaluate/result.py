@@ -74,10 +74,11 @@ def concluded(
     data: str,
     num_shots: int,
     num_left_out: int,
+    clusters: list[str] | None = None,
     looked_up: dict[str, list[list[str]]] | None = None,
 ) -> Evaluation:
     """The evaluation: `scores` by metric and system, the first metric and the first system at the head of the verdict."""
-    metrics = {name: _compared(name, rows, seed=settings.seed) for name, rows in scores.items()}
+    metrics = {name: _compared(name, rows, seed=settings.seed, clusters=clusters) for name, rows in scores.items()}
     document = _document(
         metrics, answers, run=run, data=data, primary=next(iter(scores)), rows=len(examples), seed=settings.seed
     )
@@ -106,14 +107,17 @@ def drawn(examples: list[Example], *, settings: EvaluateSettings) -> list[Exampl
     return [examples[i] for i in sorted(chosen)]
 
 
-def _compared(name: str, rows: dict[str, np.ndarray], *, seed: int) -> dict[str, Any]:
+def _compared(
+    name: str, rows: dict[str, np.ndarray], *, seed: int, clusters: list[str] | None = None
+) -> dict[str, Any]:
     metric = METRICS[name]
     first, *others = rows
+    drawing: dict[str, Any] = {"seed": seed, "clusters": clusters}
     return {
         "higher_is_better": metric.higher_is_better,
-        "systems": {s: interval(r, aggregate=metric.aggregate, seed=seed).as_dict() for s, r in rows.items()},
+        "systems": {s: interval(r, aggregate=metric.aggregate, **drawing).as_dict() for s, r in rows.items()},
         "differences": {
-            f"{first} - {other}": compare(rows[first], rows[other], metric=metric, seed=seed) for other in others
+            f"{first} - {other}": compare(rows[first], rows[other], metric=metric, **drawing) for other in others
         },
     }
 

@@ -161,11 +161,13 @@ def evaluate_systems(
     settings: EvaluateSettings,
     run: str,
     data: str,
+    cluster_of: Callable[[Example], str] | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Let every system answer every row, and compare the first system with the others.
 
-    `examples` are held-out rows of one kind (conversations or plain texts). Raises DataError where none is left.
+    `examples` are held-out rows of one kind (conversations or plain texts); those for which `cluster_of` gives the same are
+    drawn together. Raises DataError where none is left.
     """
     rendered = _Rendered(template, objective)
     fitting = _fitting(examples, systems=systems, rendered=rendered)
@@ -201,6 +203,7 @@ def evaluate_systems(
         data=data,
         num_shots=max(len(s.shots) for s in systems),
         num_left_out=len(examples) - len(fitting),
+        clusters=None if cluster_of is None else [cluster_of(example) for example in kept],
         looked_up={s.name: [s.lookup.origins(e) for e in kept] for s in systems if s.lookup is not None},
     )
 

@@ -32,6 +32,16 @@ class EvaluateSettings(BaseModel):
     documents: str | None = Field(
         default=None, description="folder of texts in which passages are looked up; the training rows by default"
     )
+    general: str | None = Field(
+        default=None, description="a file of texts, or of questions and answers, that tuning should not make worse"
+    )
+    general_rows: int = Field(default=200, ge=2, description="passages or questions of it that are evaluated at most")
+    general_margin: float = Field(
+        default=0.02, gt=0, description="how much worse is still small: bits a byte of texts, a share of right answers"
+    )
+    gate: dict[str, str] | None = Field(
+        default=None, description="rules that must hold, or `evaluate` ends with status 3 (see docs/evaluation.md)"
+    )
     rows: int | None = Field(default=None, ge=1, description="evaluate this many held-out rows at most; all by default")
     max_tokens: int = Field(default=256, ge=1, description="longest generated answer in tokens")
     batch_rows: int = Field(default=64, ge=1, description="answers generated at a time; bounds memory, not the result")
@@ -51,12 +61,26 @@ class EvaluateSettings(BaseModel):
                 )
         return metrics
 
+    @field_validator("gate")
+    @classmethod
+    def _rules(cls, gate: dict[str, str] | None) -> dict[str, str] | None:
+        from tunesmith.evaluate.gate import check_rule
+
+        for metric, rule in (gate or {}).items():
+            check_rule(metric, rule)
+        return gate
+
     @model_validator(mode="after")
     def _no_idle_setting(self, info: ValidationInfo) -> "EvaluateSettings":
         if info.context == RESOLVED:
             return self
         if "few_shot" in self.model_fields_set and self.against is not None and "few_shot" not in self.against:
             raise ValueError("few_shot has no effect because `against` does not name few_shot")
+        for name in ("general_rows", "general_margin"):
+            if name in self.model_fields_set and self.general is None:
+                raise ValueError(f"{name} has no effect without general")
+        if self.gate is not None and "general" in self.gate and self.general is None:
+            raise ValueError("gate asks about general, and general names no file")
         for name in ("look_up", "documents"):
             if name in self.model_fields_set and not set(self.against or ()) & set(LOOKING_UP):
                 raise ValueError(f"{name} has no effect because `against` names none of {', '.join(LOOKING_UP)}")
