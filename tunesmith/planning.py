@@ -45,12 +45,11 @@ from tunesmith.train.rehearsal import Course, course, rehearse, step_packs, step
 from tunesmith.vocabulary import grow_tokenizer
 
 LONG_SECONDS = 600  # a run predicted to be longer is measured before it trains
-HOLES = (
-    1.1  # of activations, where every step has many packs of different lengths: freed memory that no later tensor fits
-)
-HOLES_ONE_PACK = 0.3  # the same, where every step has one pack
+HOLES, HOLES_ONE_PACK = 0.5, 0.3  # of activations: freed memory that no later tensor fits, with many packs a step or one
+CHURN = 3.0  # times as many where tensors are converted or recomputed all the time: bf16 on a CPU, recomputed activations
+HOLES_FEW_BITS = 0.4  # more, where weights are restored for each product
 FIRST_USE_BYTES = 15 << 20  # of libraries, when they first compute
-KERNEL_BYTES = 400 << 10  # that oneDNN keeps for each shape of a product in bf16 on a CPU
+KERNEL_BYTES = 140 << 10  # that oneDNN keeps for each shape of a product in bf16 on a CPU
 SHARE = 0.6  # of the rate of matrix products that a training reaches
 RATE_SECONDS = 0.3
 SLOW_RATE = {"cpu": 2e10, "cuda": 1e13}  # operations a second
@@ -291,7 +290,9 @@ def _memory(stage: Stage, found: Course, *, process: int, saved: int, device: st
     weights, optimiser, readout = (tally.peak[part] for part in ("weights", "optimiser", "readout"))
     activations = max(0, sum(tally.peak.values()) - weights - gradients - optimiser - readout) + restored
     on_cpu = device == "cpu"
-    holes = HOLES - (HOLES - HOLES_ONE_PACK) / per_step if on_cpu else 0.0
+    train = recipe.train
+    churn = CHURN if train.precision == "bf16" or train.gradient_checkpointing else 1.0
+    holes = churn * (HOLES - (HOLES - HOLES_ONE_PACK) / per_step) + (HOLES_FEW_BITS if stored else 0.0)
     products = len(tally.products) // num_packs * len(found.lengths) if on_cpu else 0
     return Memory(
         process=process,
@@ -300,7 +301,7 @@ def _memory(stage: Stage, found: Course, *, process: int, saved: int, device: st
         optimiser=optimiser,
         activations=activations,
         readout=readout,
-        holes=int(holes * (activations + readout)),
+        holes=int(holes * (activations + readout)) if on_cpu else 0,
         kernels=products * KERNEL_BYTES,
         frozen_blocks=frozen_blocks if on_cpu else 0,
     )
