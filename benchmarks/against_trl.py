@@ -579,6 +579,33 @@ def matrix_share(ours: list[dict[str, Any]], rates: list[dict[str, Any]]) -> flo
     return round(statistics.median(shares), 3)
 
 
+def table(reports: list[dict[str, Any]]) -> str:
+    """Ours to TRL's defaults, to its fastest setting and to the loop written by hand; and the share of bare products."""
+    lines = [
+        "| model | rows | method | precision | tokens/s | to TRL's defaults | to its fastest | to a loop by hand | memory, MiB | "
+        "to TRL's defaults | to its fastest | share of bare products |",
+        "| --- | --- | --- | --- |" + " ---: |" * 8,
+    ]
+    for report in reports:
+        run, against, medians = report["run"], report["ours_to_theirs"], report["medians"]
+        trl = [name for name in against if name != FLAT]
+        best = max(trl, key=lambda name: medians[name]["tokens_per_second"], default=None)
+        ours = medians["ours"]
+
+        def ratio(name: str | None, key: str, against: dict[str, Any] = against) -> str:
+            return f"{against[name][key]:.2f}" if name in against else "failed"
+
+        speed, memory = "tokens_per_processor_second", "peak_memory"
+        cells = [
+            report["model"]["name"], report["scenario"]["name"], run["method"], run["precision"],
+            f"{ours[speed]:,.0f}", ratio("default", speed), ratio(best, speed), ratio(FLAT, speed),
+            f"{ours['peak_memory_bytes'] / 2**20:,.0f}", ratio("default", memory), ratio(best, memory),
+            f"{report['matrix_share']:.2f}" if "matrix_share" in report else "",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -597,6 +624,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--out", help="JSON file (default: benchmarks/results/against_trl-MODEL-SCENARIO[-METHOD][-PRECISION].json)"
     )
+    parser.add_argument(
+        "--table", nargs="+", metavar="JSON", help="print the table of these results, and measure nothing"
+    )
     parser.add_argument("--role", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -612,6 +642,9 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Prepare once, run the sides in turn, write and print the report. Exit code 3 when losses or tokens disagree."""
     arguments = parse()
+    if arguments.table:
+        print(table([json.loads(Path(path).read_text("utf-8")) for path in arguments.table]))
+        return 0
     if arguments.role:
         run_role(arguments)
         return 0
