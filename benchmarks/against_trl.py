@@ -582,8 +582,8 @@ def matrix_share(ours: list[dict[str, Any]], rates: list[dict[str, Any]]) -> flo
 def table(reports: list[dict[str, Any]]) -> str:
     """Ours to TRL's defaults, to its fastest setting and to the loop written by hand; and the share of bare products."""
     lines = [
-        "| model | rows | method | precision | tokens/s | to TRL's defaults | to its fastest | to a loop by hand | memory, MiB | "
-        "to TRL's defaults | to its fastest | share of bare products |",
+        "| model | rows | method | precision | tokens/s | to TRL's defaults | to its fastest | to a loop by hand "
+        "| memory, MiB | to TRL's defaults | to its fastest | share of bare products |",
         "| --- | --- | --- | --- |" + " ---: |" * 8,
     ]
     for report in reports:
