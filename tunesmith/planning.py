@@ -45,8 +45,13 @@ from tunesmith.train.rehearsal import Course, course, rehearse, step_packs, step
 from tunesmith.vocabulary import grow_tokenizer
 
 LONG_SECONDS = 600  # a run predicted to be longer is measured before it trains
-HOLES, HOLES_ONE_PACK = 0.5, 0.3  # of activations: freed memory that no later tensor fits, with many packs a step or one
-CHURN = 3.0  # times as many where tensors are converted or recomputed all the time: bf16 on a CPU, recomputed activations
+HOLES, HOLES_ONE_PACK = (
+    0.5,
+    0.3,
+)  # of activations: freed memory that no later tensor fits, with many packs a step or one
+CHURN = (
+    3.0  # times as many where tensors are converted or recomputed all the time: bf16 on a CPU, recomputed activations
+)
 HOLES_FEW_BITS = 0.4  # more, where weights are restored for each product
 FIRST_USE_BYTES = 15 << 20  # of libraries, when they first compute
 KERNEL_BYTES = 140 << 10  # that oneDNN keeps for each shape of a product in bf16 on a CPU

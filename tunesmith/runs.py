@@ -215,7 +215,7 @@ def resolved_of(recipe: Recipe, *, model: Model, prepared: Prepared, template: C
             "files": prepared.files,
             "base": model.digest,
             "tokenizer": template.tokenizer.digest,
-            "code": code_digest("data", "objectives"),
+            "code": code_digest("data", "data/curate", "objectives"),
         },
         "versions": versions(),
     }

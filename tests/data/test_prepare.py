@@ -301,6 +301,33 @@ def test_repeated_rows_are_kept_unless_asked(make):
     assert [d["line"] for d in dropped.ledger["details"]] == [3, 5]
 
 
+@pytest.mark.parametrize("treated", ["keep", "mask", "drop"])
+def test_personal_data_is_kept_masked_or_dropped_and_counted(make, treated):
+    rows = [
+        row("Who is jane@example.com?", "Ask jane@example.com"),
+        row("What colour?"),
+        row("Why?", "+1-415-555-0199"),
+    ]
+    prepared = make(rows, personal=treated)
+    kept = [(e.messages[0].content, e.messages[1].content) for e in prepared.examples("train")]
+    whole = [("Who is jane@example.com?", "Ask jane@example.com"), ("What colour?", "red"), ("Why?", "+1-415-555-0199")]
+    masked = [("Who is [EMAIL_1]?", "Ask [EMAIL_1]"), ("What colour?", "red"), ("Why?", "[PHONE_1]")]
+    assert kept == {"keep": whole, "mask": masked, "drop": whole[1:2]}[treated]
+    assert prepared.ledger["masked"] == (2 if treated == "mask" else 0)
+    assert states(prepared) == ({"trained": 1, "dropped": 2} if treated == "drop" else {"trained": 3})
+    assert prepared.ledger["reasons"] == ({"dropped": {"personal_data": 2}} if treated == "drop" else {})
+    if treated != "keep":
+        written = b"".join(path.read_bytes() for path in prepared.folder.rglob("*") if path.is_file())
+        assert b"jane" not in written
+        assert b"555-0199" not in written
+
+
+def test_classes_are_taken_from_the_rows_that_stay(make):
+    rows = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(6)] + [{"text": "me@example.com", "label": "c"}]
+    for treated, labels in (("mask", ["a", "b", "c"]), ("drop", ["a", "b"])):
+        assert make(rows, personal=treated, objective=Classification(pooling="mean")).objective["labels"] == labels
+
+
 @pytest.mark.parametrize("side", ["validation", "test"])
 def test_a_file_that_is_named_twice_is_refused(make, tmp_path, side):
     train = write(tmp_path / "train.jsonl", [row(f"{i}?") for i in range(10)])

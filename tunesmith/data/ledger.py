@@ -68,6 +68,7 @@ class Ledger:
         self.counts: Counter[str] = Counter()
         self.reasons: dict[str, Counter[str]] = {}
         self.tokens_cut = 0
+        self.masked = 0  # rows in which personal data or secrets were replaced, whatever their state
         self.details: list[dict[str, Any]] = []
         self._codes: dict[str, bytearray] = {}  # by file, indexed by line: 0 or 1 + the state's index
 
@@ -124,6 +125,7 @@ class Ledger:
             "states": {state: self.counts[state] for state in STATES},
             "reasons": {state: dict(reasons.most_common()) for state, reasons in self.reasons.items()},
             "tokens_cut": self.tokens_cut,
+            "masked": self.masked,
             "details": list(self.details),
             "details_left_out": noted - len(self.details),
         }
@@ -138,6 +140,7 @@ class Ledger:
                 cut = f"{self.tokens_cut:,} tokens cut" if state == "truncated" else ""
                 inside = ", ".join(filter(None, (reasons, cut)))
                 parts.append(f"{count:,} {words}" + (f" ({inside})" if inside else ""))
+        parts += [f"{self.masked:,} with placeholders"] if self.masked else []
         return f"{self.rows:,} row{'' if self.rows == 1 else 's'}" + (": " + ", ".join(parts) if parts else "")
 
     def _enter(self, origin: Origin, *, state: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from tunesmith.data.curate.masking import masked
 from tunesmith.data.formats import examine
 from tunesmith.data.ledger import Ledger, Problem
 from tunesmith.data.settings import DataSettings
@@ -144,7 +145,7 @@ def prepare(
         "template": template.identity,
         "tokenizer": template.tokenizer.digest,
         "max_tokens": max_tokens,
-        "code": code_digest("data", "objectives"),
+        "code": code_digest("data", "data/curate", "objectives"),
     }
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     folder = cache / "prepared" / digest[:32]
@@ -179,8 +180,16 @@ def usable(settings: DataSettings) -> Iterator[tuple[Example, bool]]:
         for source in sources:
             for row in read_rows(source, on_bad=lambda problem: None):
                 example = examine(row, settings=settings)
-                if not isinstance(example, Problem):
+                if isinstance(example, Problem):
+                    continue
+                example, num_found = _private(example, settings=settings)
+                if not (num_found and settings.personal == "drop"):
                     yield example, name == "train" and side(example.prompt_key, shares=shares) == "train"
+
+
+def _private(example: Example, *, settings: DataSettings) -> tuple[Example, int]:
+    """The row as `data.personal` wants it, and how many pieces of personal data were found; none where they are kept."""
+    return (example, 0) if settings.personal == "keep" else masked(example)
 
 
 @dataclass
@@ -245,8 +254,13 @@ class _Preparation:
                 example = examine(row, settings=self.settings)
                 if isinstance(example, Problem):
                     self._refuse(example)
-                else:
-                    yield example
+                    continue
+                example, num_found = _private(example, settings=self.settings)
+                if num_found and self.settings.personal == "drop":
+                    self.ledger.record(example.origin, state="dropped", reason="personal_data")
+                    continue
+                self.ledger.masked += bool(num_found)
+                yield example
 
     def _unreadable(self, problem: Problem) -> None:
         if problem.severity == "error":

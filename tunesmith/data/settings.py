@@ -47,6 +47,11 @@ class DataSettings(BaseModel):
     duplicates: Literal["keep", "drop"] = Field(
         default="keep", description="What to do with a row that repeats an earlier one exactly."
     )
+    personal: Literal["keep", "mask", "drop"] = Field(
+        default="keep",
+        description="What to do with personal data and secrets: keep them, put a placeholder such as [EMAIL_1] in the place"
+        " of each, or leave the row out.",
+    )
     bad_rows: Literal["refuse", "drop"] = Field(
         default="refuse", description="What to do with a row that cannot be used: stop the run, or leave it out."
     )

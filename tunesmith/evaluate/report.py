@@ -256,6 +256,9 @@ def _ledger(document: Mapping[str, Any] | None) -> dict[str, Any] | None:
             notes.append(f"{detail['tokens_cut']:,} tokens cut")
         place = f"{detail['file']}:{detail['line']}"
         details.append({"place": place, "state": detail["state"], "note": " ".join(filter(None, notes))})
+    if masked := document.get("masked"):
+        share = 100 * masked / rows if rows else 0.0
+        states.append({"name": "with placeholders", "count": masked, "share": share, "reasons": "personal data masked"})
     left_out = document["details_left_out"] + len(document["details"]) - len(shown)
     return {"rows": rows, "states": states, "details": details, "left_out": left_out}
 

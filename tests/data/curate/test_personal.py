@@ -1,10 +1,15 @@
 """Personal data and secrets by their shape; what only looks alike is left alone."""
 
+import re
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.curate.personal import find_personal, find_secrets, is_card, is_iban
+from tunesmith.data.curate.masking import Masker, masked
+from tunesmith.data.curate.personal import find_personal, find_secrets, findings, is_card, is_iban
+from tunesmith.data.types import Example, Message, Origin
 
 
 @pytest.mark.parametrize(
@@ -87,3 +92,53 @@ def test_long_runs_take_linear_time():
         text = unit * (200_000 // len(unit))
         find_personal(text)
         find_secrets(text)
+
+
+PIECES = [
+    "jane.doe@example.com", "O'Brien+x@mail.example.org", "(202) 555-0143", "+1-415-555-0199", "020 7946 0958",
+    "DE89 3704 0044 0532 0130 00", "4111 1111 1111 1111", "000-12-3456", "192.0.2.44", "2001:db8::1",
+    "sk-EXAMPLE0000000000000000000000000000000000000000", "AKIAIOSFODNN7EXAMPLE", 'password="correct-horse-battery"',
+    "Api_Key: 0123456789abcdef",
+    "-----BEGIN RSA PRIVATE KEY-----\nabc\ndef\n-----END RSA PRIVATE KEY-----",
+]  # fmt: skip
+
+
+@given(st.lists(st.one_of(st.sampled_from(PIECES), st.sampled_from(["word", "12", "İ", ""])), max_size=8))
+def test_nothing_is_left_behind_a_mask_and_nothing_else_changes(pieces):
+    text = "; ".join(pieces)
+    found = findings(text)
+    assert {f.sort for f in found} == {*find_personal(text), *find_secrets(text)}
+    masked = Masker().text(text)
+    assert find_personal(masked) == find_secrets(masked) == []
+    kept, last = "", 0
+    for start, end, _ in found:
+        kept, last = kept + text[last:start], end
+    assert re.sub(r"\[[A-Z]+_\d+\]", "", masked) == kept + text[last:]
+
+
+@given(st.text(alphabet="ab@.:-+()0123456789 DEsk_/", max_size=60))
+def test_findings_are_those_that_are_told_of(text):
+    found = findings(text)
+    assert all(a.end <= b.start for a, b in pairwise(found))
+    assert bool(found) == bool([*find_personal(text), *find_secrets(text)])
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_the_whole_of_a_piece_is_replaced(piece):
+    masked = Masker().text(f"before {piece} after")
+    assert re.fullmatch(r"before (password=|Api_Key: )?\[[A-Z]+_1\] after", masked), masked
+
+
+def test_a_value_has_one_placeholder_in_all_turns_of_a_row():
+    call = {"tool_calls": [{"function": {"name": "mail", "arguments": '{"to": "b@example.com"}'}}]}
+    row = Example(
+        Origin("rows", 1), "chat",
+        (Message("user", "Mail a@example.com and b@example.com"), Message("assistant", "To b@example.com", 0.5, call)),
+    )  # fmt: skip
+    found, number = masked(row)
+    assert number == 4
+    assert [m.content for m in found.messages] == ["Mail [EMAIL_1] and [EMAIL_2]", "To [EMAIL_2]"]
+    assert found.messages[1].weight == 0.5
+    assert found.messages[1].extra["tool_calls"][0]["function"]["arguments"] == '{"to": "[EMAIL_2]"}'
+    plain = Example(Origin("rows", 2), "text", text="nothing here")
+    assert masked(plain) == (plain, 0)

@@ -6,6 +6,8 @@ nothing of the kind, so each pattern begins with the rarest sign of its sort, an
 
 import ipaddress
 import re
+from collections.abc import Iterator
+from typing import NamedTuple
 
 EMAIL = re.compile(r"@(?<=[\w%+-]@)(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b")
 NUMBER = re.compile(r"[+(\d][\d().+ -]{6,}")  # phone, card and social security numbers, and addresses, are such runs
@@ -30,9 +32,14 @@ KEY = re.compile(
 )
 PASSWORD = re.compile(
     r"(?:password|passwd|pwd|api[_-]?key|secret[_-]?key|access[_-]?token)[\"']?\s{0,3}[:=]\s{0,3}"
-    r"(?:\"[^\"\s]{8,200}\"|'[^'\s]{8,200}'|(?=\S{0,30}\d)[^\s\"'(){}<>]{8,200})"
+    r"(?P<value>\"[^\"\s]{8,200}\"|'[^'\s]{8,200}'|(?=\S{0,30}\d)[^\s\"'(){}<>\[\]]{8,200})",
+    re.IGNORECASE,
 )
 PASSWORD_WORDS = ("password", "passwd", "pwd", "key", "token")
+BEFORE_AT = re.compile(r"[\w.+%'-]{1,64}\Z")
+AFTER_KEY = re.compile(r"[\w.+/=-]*")
+END_OF_KEY = re.compile(r"-----END [A-Z ]{0,30}PRIVATE KEY-----")
+MAX_KEY_CHARACTERS = 20_000
 LOCAL_ADDRESSES = {"0.0.0.0", "127.0.0.1", "255.255.255.255"}
 
 
@@ -70,10 +77,74 @@ def _find_in_number(text: str, *, start: int, end: int) -> set[str]:
 def find_secrets(text: str) -> list[str]:
     """The sorts of secrets in a text: `an access key`, `a password`."""
     found = ["an access key"] if KEY.search(text) else []
-    lower = text.lower()
-    if any(word in lower for word in PASSWORD_WORDS) and PASSWORD.search(lower):
+    if _talks_of_passwords(text) and PASSWORD.search(text):
         found.append("a password")
     return found
+
+
+def _talks_of_passwords(text: str) -> bool:
+    lower = text.lower()
+    return any(word in lower for word in PASSWORD_WORDS)
+
+
+class Finding(NamedTuple):
+    """What stands at text[start:end]: one of the sorts of `find_personal` and `find_secrets`."""
+
+    start: int
+    end: int
+    sort: str
+
+
+def findings(text: str) -> list[Finding]:
+    """Everything that `find_personal` and `find_secrets` tell of, in order and without overlaps."""
+    found = [*_addresses(text), *_accounts(text), *_secrets(text)]
+    for run in NUMBER.finditer(text):
+        found += _numbers(text, start=run.start(), end=min(run.end() + 2, len(text)))
+    apart: list[Finding] = []
+    for finding in sorted(found):
+        if apart and finding.start < apart[-1].end:
+            apart[-1] = apart[-1]._replace(end=max(apart[-1].end, finding.end))
+        else:
+            apart.append(finding)
+    return apart
+
+
+def _addresses(text: str) -> Iterator[Finding]:
+    for match in EMAIL.finditer(text) if "@" in text else ():
+        before = BEFORE_AT.search(text, max(0, match.start() - 64), match.start())
+        yield Finding(before.start() if before else match.start(), match.end(), "an e-mail address")
+    for middle in IP6_MIDDLE.finditer(text):
+        for match in IP6.finditer(text, max(middle.start() - 4, 0), middle.end() + 40):
+            if _is_address(match[0]):
+                yield Finding(*match.span(), "an IP address")
+
+
+def _accounts(text: str) -> Iterator[Finding]:
+    for match in IBAN.finditer(text):
+        if is_iban(match[0]):
+            yield Finding(*match.span(), "a bank account number")
+
+
+def _numbers(text: str, *, start: int, end: int) -> Iterator[Finding]:
+    for match in PHONE.finditer(text, start, end):
+        yield Finding(*match.span(), "a phone number")
+    for match in CARD.finditer(text, start, end):
+        if is_card(match[0]):
+            yield Finding(*match.span(), "a card number")
+    for match in SOCIAL_SECURITY.finditer(text, start, end):
+        yield Finding(*match.span(), "a social security number")
+    for match in IP4.finditer(text, start, end):
+        if _is_address(match[0]):
+            yield Finding(*match.span(), "an IP address")
+
+
+def _secrets(text: str) -> Iterator[Finding]:
+    for match in KEY.finditer(text):
+        rest = AFTER_KEY.match(text, match.end())
+        whole = END_OF_KEY.search(text, match.end(), match.end() + MAX_KEY_CHARACTERS) if match[0][0] == "-" else rest
+        yield Finding(match.start(), whole.end() if whole else match.end(), "an access key")
+    for match in PASSWORD.finditer(text) if _talks_of_passwords(text) else ():
+        yield Finding(*match.span("value"), "a password")
 
 
 def is_iban(text: str) -> bool:
