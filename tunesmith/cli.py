@@ -222,6 +222,33 @@ def evaluate(
 
 
 @app.command()
+def curve(
+    recipe: RecipeArgument,
+    overrides: Set = None,
+    parts: Annotated[
+        int, typer.Option("--parts", min=3, max=8, help="shares: all of the rows, a half, a quarter, ...")
+    ] = 4,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, max=20, help="runs of each share")] = 1,
+    workspace: WorkspaceOption = None,
+    as_json: Json = False,
+) -> None:
+    """Would more rows help? Trains on shares of them, and says what twice as many would give."""
+    from tunesmith.curve import curve_text, learning_curve
+    from tunesmith.recipe import load_recipe
+    from tunesmith.train.observers import terminal_progress
+
+    document = learning_curve(
+        load_recipe(recipe, overrides=overrides),
+        workspace=_workspace(workspace),
+        parts=parts,
+        seeds=seeds,
+        progress=terminal_progress,
+        say=_say,
+    )
+    _show(document, as_json=as_json, text=lambda: curve_text(document))
+
+
+@app.command()
 def runs(workspace: WorkspaceOption = None, as_json: Json = False) -> None:
     """All runs of the workspace, newest first."""
     from tunesmith.registry.compare import runs_table, runs_text

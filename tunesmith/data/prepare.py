@@ -19,7 +19,7 @@ from tunesmith.data.formats import examine
 from tunesmith.data.ledger import Ledger, Problem
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources import read_rows, resolve
-from tunesmith.data.split import side
+from tunesmith.data.split import is_in, side
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokens import TokenStore, TokenWriter, write_groups
 from tunesmith.data.types import Example, Message, Origin, Sequence
@@ -280,6 +280,9 @@ class _Preparation:
         for example, sequences in self._sequences(batch):
             where = name if name != "train" else side(example.prompt_key, shares=shares)
             if sequences is None or self._duplicate(example, where=where):
+                continue
+            if where == "train" and not is_in(example.prompt_key, share=self.settings.train_share):
+                self.ledger.record(example.origin, state="dropped", reason="train_share")
                 continue
             fitted = self._fit(example, sequences)
             if fitted is None:

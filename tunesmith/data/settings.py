@@ -26,6 +26,12 @@ class DataSettings(BaseModel):
     test: float | str | None = Field(
         default=None, description="Rows that only the evaluation sees: a share of `train` between 0 and 1, or a file."
     )
+    train_share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Which share of the training rows is trained on; a larger one holds them all.",
+    )
     form: Form = Field(default="auto", description="The form of the rows; `auto` tells it from each row's columns.")
     mapping: dict[str, str] = Field(
         default_factory=dict,

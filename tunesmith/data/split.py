@@ -17,10 +17,20 @@ def side(key: str, *, shares: Mapping[str, float]) -> str:
     Validation takes the lowest part of the hash range and test the highest, so that changing one share moves no row
     of the other.
     """
-    digest = hashlib.sha256(b"tunesmith split\0" + key.encode()).digest()
-    place = int.from_bytes(digest[: HASH_BITS // 8], "big") / 2**HASH_BITS
+    place = _place(b"tunesmith split\0", key)
     if place < shares.get("validation", 0.0):
         return "validation"
     if place >= 1.0 - shares.get("test", 0.0):
         return "test"
     return "train"
+
+
+def is_in(key: str, *, share: float) -> bool:
+    """Whether a training row belongs to a share of them; every larger share holds it too."""
+    return _place(b"tunesmith share\0", key) < share
+
+
+def _place(what: bytes, key: str) -> float:
+    """A number in [0, 1) that the key alone decides."""
+    digest = hashlib.sha256(what + key.encode()).digest()
+    return int.from_bytes(digest[: HASH_BITS // 8], "big") / 2**HASH_BITS

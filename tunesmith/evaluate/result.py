@@ -37,6 +37,9 @@ class Evaluation:
 
     document: dict[str, Any]
     rows: list[dict[str, Any]] = field(repr=False, default_factory=list)
+    scores: dict[str, dict[str, np.ndarray]] = field(
+        repr=False, default_factory=dict
+    )  # by metric and system, row by row
 
     @property
     def verdict(self) -> str:
@@ -90,7 +93,7 @@ def concluded(
     for system, found in (looked_up or {}).items():
         for row, origins in zip(rows, found, strict=True):
             row.setdefault("looked_up", {})[system] = origins
-    return Evaluation(document, rows)
+    return Evaluation(document, rows, scores)
 
 
 def drawn(examples: list[Example], *, settings: EvaluateSettings) -> list[Example]:

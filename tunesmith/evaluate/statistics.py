@@ -149,6 +149,29 @@ def _chunks(total: int, *, width: int) -> Iterator[int]:
         yield min(size, total - start)
 
 
+def resampled(
+    systems: list[Floats],
+    *,
+    aggregate: Aggregate = FRACTION,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    clusters: Clusters = None,
+) -> Floats:
+    """Scores [N, R] of N systems on the same rows, under the same random weights of the rows in each resample.
+
+    For whatever is computed from several scores: its quantiles over R are its interval. Errors as in `interval`.
+    """
+    table = _Table.of(systems, clusters=clusters)
+    bounds = None if aggregate.bounds is None else np.tile(aggregate.bounds, (len(systems), 1))
+    return _bayesian_bootstrap(table, aggregate=aggregate, resamples=resamples, seed=seed, ends_N2=bounds)
+
+
+def student_tail(num_clusters: int) -> float:
+    """The share of resamples left out at each end, such that 95 % intervals of a bootstrap are as wide as Student's."""
+    student = stats.t.ppf(0.5 + LEVEL / 2, num_clusters - 1) * math.sqrt(num_clusters / (num_clusters - 1))
+    return float(stats.norm.cdf(-student))
+
+
 def _interval(table: _Table, *, aggregate: Aggregate, resamples: int, seed: int) -> Interval:
     value, bounds, num_clusters = table.observed(aggregate), table.bounds(aggregate), table.num_clusters
     if num_clusters == 1:
@@ -157,15 +180,25 @@ def _interval(table: _Table, *, aggregate: Aggregate, resamples: int, seed: int)
                 "one row says nothing about luck", hint="give a test file with at least two rows, better 50"
             )
         return Interval(value, *bounds)
-    scores_R = _bayesian_bootstrap(table, aggregate=aggregate, resamples=resamples, seed=seed)
-    student = stats.t.ppf(0.5 + LEVEL / 2, num_clusters - 1) * math.sqrt(num_clusters / (num_clusters - 1))
-    tail = float(stats.norm.cdf(-student))
-    low, high = np.quantile(scores_R, [tail, 1 - tail])
+    two = len(table.sums_NCS) == 2
+    ends = None
+    if (
+        aggregate.bounds is not None
+    ):  # (low, high) of one system and (high, low) of the other, so that both ends are met
+        ends = np.array([aggregate.bounds, aggregate.bounds[::-1]][: 1 + two])
+    scores_NR = _bayesian_bootstrap(table, aggregate=aggregate, resamples=resamples, seed=seed, ends_N2=ends)
+    tail = student_tail(num_clusters)
+    low, high = np.quantile(scores_NR[0] - scores_NR[1] if two else scores_NR[0], [tail, 1 - tail])
     return Interval(value, min(value, float(low)), max(value, float(high)))
 
 
-def _bayesian_bootstrap(table: _Table, *, aggregate: Aggregate, resamples: int, seed: int) -> Floats:
-    """[R] scores (or differences) under random weights of the clusters, scaled to the number of clusters."""
+def _bayesian_bootstrap(
+    table: _Table, *, aggregate: Aggregate, resamples: int, seed: int, ends_N2: Floats | None
+) -> Floats:
+    """[N, R] scores under random weights of the clusters, scaled to the number of clusters.
+
+    Where a row has bounds, half a cluster is added at each of `ends_N2`, the least and greatest a row can be.
+    """
     generator = np.random.default_rng(seed)
     num_systems, num_clusters, num_statistics = table.sums_NCS.shape
     columns_CK = np.concatenate([*table.sums_NCS, table.sizes_C[:, None]], axis=1)
@@ -173,16 +206,14 @@ def _bayesian_bootstrap(table: _Table, *, aggregate: Aggregate, resamples: int, 
     for size in _chunks(resamples, width=num_clusters):
         weights_RC = generator.standard_exponential((size, num_clusters))
         sums_RK, total_R = weights_RC @ columns_CK, weights_RC.sum(axis=1)
-        if table.single and aggregate.bounds is not None:
-            # Half a cluster at each end of what a row can be: (low, high) and (high, low) for two systems.
-            ends = np.array([aggregate.bounds, aggregate.bounds[::-1]][:num_systems]).T
-            ends_2K = np.concatenate([ends, np.ones((2, 1))], axis=1) * table.sizes_C.mean()
+        if table.single and ends_N2 is not None:
+            ends_2K = np.concatenate([ends_N2.T, np.ones((2, 1))], axis=1) * table.sizes_C.mean()
             weights_R2 = generator.standard_gamma(0.5, (size, 2))
             sums_RK, total_R = sums_RK + weights_R2 @ ends_2K, total_R + weights_R2.sum(axis=1)
         sums_RK *= (num_clusters / total_R)[:, None]
         sums_NRS = sums_RK[:, :-1].reshape(size, num_systems, num_statistics).swapaxes(0, 1)
-        scores.append(table.score(aggregate, sums_NRS=sums_NRS, num_rows_R=sums_RK[:, -1]))
-    return np.concatenate(scores)
+        scores.append(aggregate.of_sums(sums_NRS, sums_RK[:, -1]))
+    return np.concatenate(scores, axis=1)
 
 
 # ---- is it luck ------------------------------------------------------------------------------------------------------
