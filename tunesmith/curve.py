@@ -24,7 +24,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.evaluate.metric import Aggregate
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.result import Evaluation
-from tunesmith.evaluate.statistics import RESAMPLES, decimals, resampled, student_tail
+from tunesmith.evaluate.statistics import NO_WIDTH, RESAMPLES, decimals, resampled, student_tail
 from tunesmith.recipe import Recipe
 from tunesmith.registry.compare import aligned
 from tunesmith.registry.workspace import Workspace
@@ -146,9 +146,9 @@ def sentence(document: dict[str, Any]) -> str:
         f"{twice['rows']:,} rows would give {twice['value']:.{places}f} {document['metric']} (95 % interval "
         f"{twice['low']:.{places}f} to {twice['high']:.{places}f}) where {now['rows']:,} give {now['value']:.{places}f}"
     )
-    if gain["low"] > 0:
+    if gain["low"] > NO_WIDTH:
         return f"more rows help: {told}, if the curve goes on as it does"
-    if gain["high"] < 0:
+    if gain["high"] < -NO_WIDTH:
         return f"more rows of this kind do harm: {told}, if the curve goes on as it does"
     return f"it is not shown that more rows help: {told}"
 
