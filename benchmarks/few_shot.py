@@ -4,12 +4,14 @@
     python benchmarks/few_shot.py --table           # prints the table of what is measured
 
 For each number of rows a class and each seed, rows are drawn from the training file, tuned on without validation rows, and
-scored on the same 1,000 test rows. The intervals in the table are those of the test rows, of the first seed.
+scored on the same 1,000 test rows. The intervals in the table are over the seeds; seconds are the median.
 """
 
 import argparse
 import json
+import math
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -21,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from _machine import code, command, machine
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN: dict[str, dict[str, Any]] = {
@@ -68,17 +71,27 @@ def measured(data: Path, *, base: str, objective: str, rows_a_class: int, seed: 
     }
 
 
+def _with_interval(values: list[float], *, places: int) -> str:
+    """Mean and half the width of its 95 % interval by Student's t, over the draws of the rows."""
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:.{places}f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.{places}f} ± {half:.{places}f}"
+
+
 def table(report: dict[str, Any]) -> str:
     """What is measured, as Markdown."""
     lines = ["| rows a class | objective | accuracy | log loss | seconds |", "| ---: | --- | ---: | ---: | ---: |"]
     for key, by_seed in report["runs"].items():
         rows, objective = key.split(" ")
-        first, all_of = by_seed["0"], [run["accuracy"]["value"] for run in by_seed.values()]
-        interval = f"{first['accuracy']['low']:.3f} to {first['accuracy']['high']:.3f}"
-        value = " ".join(f"{accuracy:.3f}" for accuracy in all_of)
-        lines.append(
-            f"| {rows} | {objective} | {value} ({interval}) | {first['log_loss']['value']:.2f} | {first['seconds']:.0f} |"
+        runs = list(by_seed.values())
+        accuracy, loss = (
+            _with_interval([run[metric]["value"] for run in runs], places=places)
+            for metric, places in (("accuracy", 3), ("log_loss", 2))
         )
+        seconds = statistics.median(run["seconds"] for run in runs)
+        lines.append(f"| {rows} | {objective} | {accuracy} | {loss} | {seconds:.0f} |")
     return "\n".join(lines)
 
 
