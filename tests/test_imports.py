@@ -31,7 +31,7 @@ FLOORS: list[set[str]] = [
     {"combination"},
     {"combining", "planning", "proving"},
     {"api"},
-    {"chat", "checks", "curve", "init", "quickstart", "texts"},  # what single commands do
+    {"advice", "chat", "checks", "curve", "init", "quickstart", "texts"},  # what single commands do
     {"cli", "serve", "studio", "feedback"},
     {"__main__", "__init__"},  # the package hands out the verbs of api.py on first use
 ]

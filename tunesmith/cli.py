@@ -249,6 +249,22 @@ def curve(
 
 
 @app.command()
+def advise(
+    run: Annotated[str, typer.Argument(help="a run, or the recipe of a finished one")],
+    rows: Annotated[int | None, typer.Option("--rows", min=2, help="at most this many rows")] = None,
+    workspace: WorkspaceOption = None,
+    as_json: Json = False,
+) -> None:
+    """Prompt, look up, tune, or both: all of them on the same rows, and what would change the advice."""
+    from tunesmith.advice import advice_text, find_named
+    from tunesmith.advice import advise as run_advise
+
+    space = _workspace(workspace)
+    document = run_advise(find_named(run, workspace=space), workspace=space, rows=rows, on_progress=_say)
+    _show(document, as_json=as_json, text=lambda: advice_text(document))
+
+
+@app.command()
 def runs(workspace: WorkspaceOption = None, as_json: Json = False) -> None:
     """All runs of the workspace, newest first."""
     from tunesmith.registry.compare import runs_table, runs_text

@@ -27,7 +27,8 @@ from tunesmith.evaluate.result import Evaluation
 from tunesmith.evaluate.statistics import NO_WIDTH, RESAMPLES, decimals, resampled, student_tail
 from tunesmith.recipe import Recipe
 from tunesmith.registry.compare import aligned
-from tunesmith.registry.workspace import Workspace
+from tunesmith.registry.workspace import CURVES, Workspace
+from tunesmith.storage import write_json
 from tunesmith.train.loop import Observer
 
 LEAST_MISSING = 1e-6  # of which a logarithm is taken
@@ -58,7 +59,9 @@ def learning_curve(
                 run = api.tune(part, workspace=workspace, observer=observer)
             settings = recipe.evaluate.model_copy(update={"against": (), "gate": None, "general": None})
             scored.append((run, api.evaluate(run, settings=settings, workspace=workspace)))
-    return fitted(recipe.name, shares=shares, found=found)
+    document = fitted(recipe.name, shares=shares, found=found)
+    write_json(workspace.path / CURVES / f"{recipe.name}.json", value=document)
+    return document
 
 
 def _part(recipe: Recipe, *, share: float, seed: int) -> Recipe:

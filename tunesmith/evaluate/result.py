@@ -27,6 +27,7 @@ class Answers:
     nll_B: np.ndarray = field(default_factory=lambda: np.zeros(0))
     tokens_B: np.ndarray = field(default_factory=lambda: np.zeros(0))
     predicted: Answer | None = None
+    prompt_tokens: int = 0
     answer_tokens: int = 0
     seconds: float = 0.0
 
@@ -151,7 +152,11 @@ def _document(
         "sentence": decided[1],
         "seed": seed,
         "costs": {
-            name: {"seconds": round(a.seconds, 3), "tokens_per_answer": round(a.answer_tokens / rows, 2)}
+            name: {
+                "seconds": round(a.seconds, 3),
+                "tokens_per_prompt": round(a.prompt_tokens / rows, 2),
+                "tokens_per_answer": round(a.answer_tokens / rows, 2),
+            }
             for name, a in answers.items()
         },
     }

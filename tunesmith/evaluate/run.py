@@ -264,6 +264,7 @@ def _answer(
         started = time.perf_counter()
         nll_B, tokens_B = _likelihood(system.model, rows)
         found: dict[str, Any] = {"nll": nll_B.tolist(), "tokens": tokens_B.tolist(), "texts": None, "answer_tokens": 0}
+        found["prompt_tokens"] = sum(map(len, ids))
         if generated:
             generator = Generator(system.model, stop_ids=template.stop_ids(), batch_rows=settings.batch_rows)
             completions = generator.generate(ids, sampling=Sampling(max_tokens=settings.max_tokens))
@@ -281,6 +282,7 @@ def _answer(
         found["texts"],
         nll_B=np.array(found["nll"]),
         tokens_B=np.array(found["tokens"]),
+        prompt_tokens=found["prompt_tokens"],
         answer_tokens=found["answer_tokens"],
         seconds=found["seconds"],
     )

@@ -258,6 +258,18 @@ def permutation(
     return as_extreme / (permutations + 1)
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number, in the order given: the step-down method of Holm (1979).
+
+    Rejecting those below 0.05 makes one false rejection or more at most 5 % of the time, however they depend on each other.
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
 # With all differences in one direction, six rows are the fewest with p < 0.05 (2 / 2**6). To see six or more with
 # probability 0.8, 7.9 must be expected (Poisson).
 FEWEST_DIFFERING_ROWS = 6

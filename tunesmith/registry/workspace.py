@@ -18,6 +18,7 @@ from tunesmith.storage import new_folder, read_json, storage_errors, sweep, writ
 
 FOLDER = ".tunesmith"
 VARIABLE = "TUNESMITH_WORKSPACE"
+CURVES = "curves"  # the folder in a workspace of what `tunesmith curve` found, by the recipes' names
 LATEST = "latest"
 
 RECIPE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
