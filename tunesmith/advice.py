@@ -2,8 +2,8 @@
 
 All ways answer the same held-out rows: the base alone, with examples in its prompt, and with what was looked up for each
 row; the tuned model, alone and with what was looked up. Advised is the cheapest way that is not shown to be worse than the
-best one, in the order of WAYS: nothing to keep up comes before examples, these before an index, and tuning last. Pairs of ways are
-compared on the rows, and p-values are Holm's over all ways (Holm 1979), since the best was picked by looking.
+best one, in the order of WAYS: nothing to keep up comes before examples, these before an index, and tuning last. Pairs of
+ways are compared on the rows, and p-values are Holm's over all ways (Holm 1979), since the best was picked by looking.
 """
 
 from collections.abc import Callable
