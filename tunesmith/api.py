@@ -32,7 +32,7 @@ from tunesmith.evaluate.general import prove_general, read_general
 from tunesmith.evaluate.report import write_report
 from tunesmith.evaluate.result import Evaluation
 from tunesmith.evaluate.run import System
-from tunesmith.evaluate.settings import EvaluateSettings
+from tunesmith.evaluate.settings import RESOLVED, EvaluateSettings
 from tunesmith.generate.sampling import Sampling
 from tunesmith.methods.several import Several
 from tunesmith.models.heads import save_head
@@ -394,11 +394,9 @@ def evaluation_settings(run: Run, *, against: list[str] | None = None, rows: int
     update: dict[str, Any] = {} if rows is None else {"rows": rows}
     if against is not None:
         update["against"] = tuple(against)
-    values = run.recipe.evaluate.model_dump(exclude_unset=True) | update
-    if "few_shot" not in (values.get("against") or ("few_shot",)):
-        values.pop("few_shot", None)
+    values = run.recipe.evaluate.model_dump() | update
     try:
-        return EvaluateSettings.model_validate(values)
+        return EvaluateSettings.model_validate(values, context=RESOLVED)
     except ValidationError as error:
         raise RecipeError(
             f"--against or --rows: {error.errors()[0]['msg']}",
