@@ -30,6 +30,7 @@ FLOORS: list[set[str]] = [
     {"tuned"},
     {"combination"},
     {"combining", "planning", "proving"},
+    {"tuning"},
     {"api"},
     {"advice", "chat", "checks", "curve", "init", "quickstart", "texts"},  # what single commands do
     {"cli", "serve", "studio", "feedback"},

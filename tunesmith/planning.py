@@ -153,11 +153,8 @@ class Plan:
         share = self.trainable_parameters / self.parameters
         about = "" if run.exact else "about "
         predicted = max(self.memory.total, self.loading_bytes)
-        parts = [
-            f"  {name.replace('_', ' '):16} {bytes_text(size):>10}"
-            for name, size in asdict(self.memory).items()
-            if size
-        ]
+        sizes = asdict(self.memory).items()
+        parts = [f"  {name.replace('_', ' '):16} {bytes_text(size):>10}" for name, size in sizes if size]
         how = "measured" if self.measured else "predicted"
         was = f" ({bytes_text(predicted)} predicted)" if self.measured else ""
         there = "" if self.available_memory_bytes is None else f", {bytes_text(self.available_memory_bytes)} available"
@@ -178,13 +175,9 @@ class Plan:
 
 
 def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:,.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:,.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:,.1f} h"
-    )
+    if seconds < 7200:
+        return f"{seconds:,.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} min"
+    return f"{seconds / 3600:,.1f} h"
 
 
 @dataclass(frozen=True)

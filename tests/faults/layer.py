@@ -32,7 +32,7 @@ WRITES = ("write", "serialize")
 PHASES = {  # where a signal may come, as module:name of a function that is entered there
     "loading the base": "tunesmith.models.load:_check_complete",
     "preparing data": "tunesmith.data.prepare:_Preparation._rendered",
-    "inserting the method": "tunesmith.api:_apply",
+    "inserting the method": "tunesmith.tuning:_apply",
     "entering the run": "tunesmith.registry.index:Index.start_run",
     "micro-batch": "tunesmith.train.loop:forward",
     "update": "tunesmith.train.optimiser:Optimiser.step",
@@ -42,7 +42,7 @@ PHASES = {  # where a signal may come, as module:name of a function that is ente
     "the best step": "tunesmith.train.loop:Fit.restore_best",
     "finishing the head": "tunesmith.objectives.classification:Classification.calibrated",
     "writing the model": "tunesmith.models.load:Model.save_tokenizer",
-    "writing the summary": "tunesmith.api:summary_of",
+    "writing the summary": "tunesmith.tuning:summary_of",
     "evaluating": "tunesmith.evaluate.run:_likelihood",
 }
 
