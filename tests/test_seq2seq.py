@@ -136,6 +136,18 @@ def test_it_learns_to_answer(project: Path) -> None:
     assert run.summary["tokens"] > run.summary["target_tokens"] > 0
 
 
+def test_the_base_is_asked_anew_for_other_texts_with_the_same_answers(project: Path) -> None:
+    workspace = Workspace(project / "w")
+    settings = {"metrics": ["perplexity"], "against": ["base"]}
+    run = api.tune(recipe(project, "asked", train={"max_steps": 1}, evaluate=settings), workspace=workspace)
+    found = []
+    for name, asked in (("one", "What?"), ("two", "Why, and where, and when?")):
+        write_rows(project / f"{name}.jsonl", [{"prompt": f"{asked} {c}", "completion": c} for c in COLOURS])
+        evaluation = api.evaluate(run, data=project / f"{name}.jsonl", workspace=workspace)
+        found.append(evaluation.value("perplexity", system="base"))
+    assert found[0] != found[1]
+
+
 class StopsAt:
     """Interrupts a run after a step, as a signal does."""
 

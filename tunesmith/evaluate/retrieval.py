@@ -100,9 +100,16 @@ class RowLookup:
         self.rows = [row for row in rows if row.text is None]
         self.count, self.fits, self.show = count, fits, show
         self._index = Bm25(asked_text(row) for row in self.rows)
+        self._known: dict[str, tuple[Example, ...]] = {}  # by the key of what is asked
 
     def shown(self, example: Example) -> tuple[Example, ...]:
         """The rows that are shown, as many as fit."""
+        key = example.prompt_key
+        if key not in self._known:
+            self._known[key] = self._shown(example)
+        return self._known[key]
+
+    def _shown(self, example: Example) -> tuple[Example, ...]:
         found = [self.rows[place] for place in self._index.nearest(asked_text(example), count=self.count)][::-1]
         while found and not self.fits(self.show(example, tuple(found)), example):
             found = found[1:]
@@ -131,9 +138,16 @@ class PassageLookup:
     def __init__(self, passages: Sequence[Passage], *, count: int, fits: Fits):
         self.passages, self.count, self.fits = passages, count, fits
         self._index = Bm25(passage.text for passage in passages)
+        self._known: dict[str, list[Passage]] = {}  # by the key of what is asked
 
     def found(self, example: Example) -> list[Passage]:
         """The passages that are shown, as many as fit."""
+        key = example.prompt_key
+        if key not in self._known:
+            self._known[key] = self._found(example)
+        return self._known[key]
+
+    def _found(self, example: Example) -> list[Passage]:
         found = [self.passages[place] for place in self._index.nearest(asked_text(example), count=self.count)]
         while found and not self.fits(self._before(example, found), example):
             found.pop()

@@ -274,8 +274,10 @@ def _answer(
 
     def asked() -> Iterator[bytes]:
         yield json.dumps([generated, settings.max_tokens, sorted(template.stop_ids()), ids]).encode()
-        for sequences in rows:
-            yield from (part.tobytes() for s in sequences for part in (s.tokens_T, s.weight_T))
+        for sequence in (sequence for sequences in rows for sequence in sequences):
+            yield sequence.tokens_T.tobytes()
+            yield sequence.weight_T.tobytes()
+            yield b"" if sequence.encoder_T is None else sequence.encoder_T.tobytes()
 
     found = ask() if system.answered is None else system.answered.get(asked(), ask=ask)
     return Answers(
