@@ -83,7 +83,8 @@ def test_the_rows_most_alike_stand_last_and_fewer_are_shown_where_they_do_not_fi
     assert [m.content for m in lookup.prompt(asked)] == [
         "the red fox", "yes", "the red fox jumps over it", "yes", "does the red fox jump over it",
     ]  # fmt: skip
-    for limit, origins in ((60, ["rows.jsonl:2"]), (10, [])):
+    for size, origins in ((60, ["rows.jsonl:2"]), (10, [])):
+        limit = size
         lookup = RowLookup(rows, count=2, fits=fits, show=show)
         assert lookup.origins(asked) == origins
     assert lookup.prompt(asked) == list(asked.asked[0])
