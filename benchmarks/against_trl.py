@@ -592,12 +592,14 @@ def table(reports: list[dict[str, Any]]) -> str:
         best = max(trl, key=lambda name: medians[name]["tokens_per_second"], default=None)
         ours = medians["ours"]
 
-        def ratio(name: str | None, key: str, against: dict[str, Any] = against) -> str:
-            return f"{against[name][key]:.2f}" if name in against else "failed"
+        def ratio(name: str | None, key: str, report: dict[str, Any] = report) -> str:
+            if name in report["ours_to_theirs"]:
+                return f"{report['ours_to_theirs'][name][key]:.2f}"
+            return "failed" if name in report["failed"] else ""
 
         speed, memory = "tokens_per_processor_second", "peak_memory"
         cells = [
-            report["model"]["name"], report["scenario"]["name"], run["method"], run["precision"],
+            report["model"]["name"], report["scenario"]["name"], run.get("method", "lora"), run["precision"],
             f"{ours[speed]:,.0f}", ratio("default", speed), ratio(best, speed), ratio(FLAT, speed),
             f"{ours['peak_memory_bytes'] / 2**20:,.0f}", ratio("default", memory), ratio(best, memory),
             f"{report['matrix_share']:.2f}" if "matrix_share" in report else "",
