@@ -35,6 +35,15 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def anonymous_bytes() -> int | None:
+    """Memory of this process besides mapped files, whose pages the system takes back when it wants; None where unknown."""
+    try:
+        lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), None)
+
+
 def write_rows(folder: Path, *, num_rows: int) -> None:
     """A token store of random rows."""
     from tunesmith.data.tokens import TokenWriter
@@ -63,13 +72,14 @@ def packing(num_rows: int) -> dict[str, Any]:
             rows = [sequence for unit in order[first : first + BATCH_ROWS].tolist() for sequence in store.unit(unit)]
             for pack in build_packs(rows, max_tokens=MAX_TOKENS):
                 packs, tokens = packs + 1, tokens + pack.num_computed_tokens
-        seconds = time.process_time() - started
+        seconds, anonymous = time.process_time() - started, anonymous_bytes()
     return {
         "packs": packs,
         "tokens": tokens,
         "seconds": seconds,
         "microseconds_a_row": 1e6 * seconds / num_rows,
         "peak_memory_bytes": peak_bytes(),
+        "anonymous_memory_bytes": anonymous,
     }
 
 
