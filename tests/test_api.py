@@ -519,6 +519,14 @@ def test_what_is_forgotten_is_measured_and_the_gate_says_no(project):
     assert "The gate says no" in report
 
 
+@pytest.mark.parametrize("setting", ["general: nowhere.txt", "documents: nowhere, against: [retrieval]"])
+def test_what_the_evaluation_will_read_must_be_there_before_the_training(project, setting):
+    with pytest.raises(NotFoundError) as caught:
+        tune(project, f"evaluate={{{setting}}}")
+    assert "nowhere" in str(caught.value)
+    assert not list((project / "w").rglob("resolved.json"))
+
+
 def test_base_and_tuned_may_look_up_rows_or_passages(original, shared, project):
     settings = EvaluateSettings(against=("base", "retrieval", "tuned_retrieval"), look_up=2, max_tokens=4)
     document = evaluate(original, shared, settings=settings).document

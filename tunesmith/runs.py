@@ -160,6 +160,15 @@ def check_suits(recipe: Recipe) -> None:
         )
 
 
+def check_evaluation(recipe: Recipe) -> None:
+    """NotFoundError where a file that the evaluation will read is not there, before anything is trained."""
+    general, documents = recipe.evaluate.general, recipe.evaluate.documents
+    if general is not None:
+        resolve(general)
+    if documents is not None and not Path(documents).is_dir():
+        raise NotFoundError("no such folder", file=documents, hint="evaluate.documents is a folder with text files")
+
+
 def prepare_data(
     recipe: Recipe,
     *,

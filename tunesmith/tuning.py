@@ -22,6 +22,7 @@ from tunesmith.registry.index import Index
 from tunesmith.registry.workspace import Workspace, find_workspace
 from tunesmith.runs import (
     Run,
+    check_evaluation,
     check_suits,
     check_unchanged,
     device_of,
@@ -125,6 +126,7 @@ def _start(
     """Load the base, prepare the rows, make trainable what is trained, and open the run's folder."""
     check_installed(recipe.method.stored_in)
     check_suits(recipe)
+    check_evaluation(recipe)
     model = load_model(recipe.base, device=device_of(recipe.train))
     teacher = teacher_of(recipe, model=model)
     before = processes.first(partial(find_unfinished, workspace, recipe)) if resume else None

@@ -27,9 +27,9 @@ NOT_WORSE = re.compile(rf"not worse(?: than ([a-z_]+))? by ({NUMBER})")
 def check_rule(metric: str, rule: str) -> None:
     """ValueError for a rule that means nothing."""
     if metric != GENERAL and metric not in METRICS:
-        raise ValueError(f"gate: there is no metric '{metric}'")
+        raise ValueError(f"there is no metric '{metric}'")
     if not (LIMIT.fullmatch(rule) or BETTER.fullmatch(rule) or NOT_WORSE.fullmatch(rule)):
-        raise ValueError(f"gate: '{rule}' is no rule; write '> base', '> 0.8', '< 0.5' or 'not worse by 0.02'")
+        raise ValueError(f"'{rule}' is no rule; write '> base', '> 0.8', '< 0.5' or 'not worse by 0.02'")
 
 
 def judged(document: dict[str, Any], gate: dict[str, str]) -> dict[str, Any]:
