@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from tunesmith import api, cli
-from tunesmith.advice import WAYS, advice_text, advise, advised, find_named
+from tunesmith.advice import WAYS, advise, advised, find_named
 from tunesmith.errors import NotFoundError, RecipeError
 from tunesmith.evaluate.result import Evaluation
 from tunesmith.evaluate.statistics import holm
 from tunesmith.registry.workspace import Workspace
+from tunesmith.texts import advice_text
 
 
 def evaluation(shares: dict[str, float], *, num_rows: int = 200, metric: str = "exact_match") -> Evaluation:

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from tunesmith import cli
-from tunesmith.curve import curve_text, fitted, learning_curve, twice_of
+from tunesmith.curve import fitted, learning_curve, twice_of
 from tunesmith.data.split import is_in
 from tunesmith.errors import RecipeError
 from tunesmith.evaluate.result import Evaluation
 from tunesmith.recipe import load_recipe
 from tunesmith.registry.workspace import Workspace
+from tunesmith.texts import curve_text
 
 SHARES = [0.125, 0.25, 0.5, 1.0]
 

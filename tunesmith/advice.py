@@ -16,10 +16,9 @@ from tunesmith import api
 from tunesmith.errors import RecipeError
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.result import Evaluation
-from tunesmith.evaluate.statistics import SIGNIFICANCE, compare, decimals, holm, p_text
+from tunesmith.evaluate.statistics import SIGNIFICANCE, compare, decimals, holm
 from tunesmith.objectives.headed import Headed
 from tunesmith.recipe import load_recipe
-from tunesmith.registry.compare import aligned
 from tunesmith.registry.workspace import CURVES, Workspace
 from tunesmith.storage import read_json
 
@@ -125,36 +124,3 @@ def _would_change(ways: list[dict[str, Any]], *, chosen: str, best: str, rows: i
     elif chosen != "base":
         found.append("longer prompts cost with every answer: where tokens or seconds count, weigh them against tuning")
     return found
-
-
-def advice_text(advice: dict[str, Any]) -> str:
-    """The ways as a table, the advice, and what would change it."""
-    table = [
-        [
-            "",
-            advice["metric"],
-            f"to {advice['best']}",
-            "95 % interval",
-            "p (Holm)",
-            "tokens asked",
-            "answered",
-            "seconds",
-        ]
-    ]
-    for entry in advice["ways"]:
-        found, costs = entry["to_best"], entry["costs"]
-        compared = ["best", "", ""]
-        if found is not None:
-            places = max(2, decimals(found["high"] - found["low"]))
-            compared = [
-                f"{found['value']:+.{places}f}",
-                f"{found['low']:+.{places}f} to {found['high']:+.{places}f}",
-                p_text(entry["p"]).removeprefix("p "),
-            ]
-        cost = [f"{costs['tokens_per_prompt']:.0f}", f"{costs['tokens_per_answer']:.0f}", f"{costs['seconds']:.0f}"]
-        table.append([entry["way"].replace("_", "-"), f"{entry['value']:.3f}", *compared, *cost])
-    parts = [f"{advice['run']} on {advice['rows']:,} held-out rows ({advice['data']})", "", aligned(table), ""]
-    parts.append(f"advice: {advice['because']}")
-    parts += [f"  - {text}" for text in advice["would_change"]]
-    parts += [f"  - {advice['more_rows']}"] if "more_rows" in advice else []
-    return "\n".join(parts)

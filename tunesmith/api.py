@@ -16,9 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tunesmith.data.contract import FILE as CONTRACT
-from tunesmith.data.formats import to_example
-from tunesmith.data.ledger import Problem
-from tunesmith.data.sources import read_rows
+from tunesmith.data.formats import read_examples
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example
 from tunesmith.errors import DataError, NotFoundError, RecipeError, StorageError
@@ -155,11 +153,7 @@ def evaluation_settings(run: Run, *, against: list[str] | None = None, rows: int
 
 def _other_rows(recipe: Recipe, data: Path | str) -> list[Example]:
     """The rows of another file, read as the recipe says."""
-    problems: list[Problem] = []
-    examples = [to_example(row, settings=recipe.data) for row in read_rows(str(data), on_bad=problems.append)]
-    errors = [p for p in problems if p.severity == "error"]
-    if errors:
-        raise errors[0].as_error()
+    examples = read_examples(str(data), settings=recipe.data)
     if not examples:
         raise DataError("there are no rows in it", file=data, hint="give a file with rows")
     return examples

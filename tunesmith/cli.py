@@ -233,8 +233,9 @@ def curve(
     as_json: Json = False,
 ) -> None:
     """Would more rows help? Trains on shares of them, and says what twice as many would give."""
-    from tunesmith.curve import curve_text, learning_curve
+    from tunesmith.curve import learning_curve
     from tunesmith.recipe import load_recipe
+    from tunesmith.texts import curve_text
     from tunesmith.train.observers import terminal_progress
 
     document = learning_curve(
@@ -256,8 +257,9 @@ def advise(
     as_json: Json = False,
 ) -> None:
     """Prompt, look up, tune, or both: all of them on the same rows, and what would change the advice."""
-    from tunesmith.advice import advice_text, find_named
     from tunesmith.advice import advise as run_advise
+    from tunesmith.advice import find_named
+    from tunesmith.texts import advice_text
 
     space = _workspace(workspace)
     document = run_advise(find_named(run, workspace=space), workspace=space, rows=rows, on_progress=_say)

@@ -26,7 +26,6 @@ from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.result import Evaluation
 from tunesmith.evaluate.statistics import NO_WIDTH, RESAMPLES, decimals, resampled, student_tail
 from tunesmith.recipe import Recipe
-from tunesmith.registry.compare import aligned
 from tunesmith.registry.workspace import CURVES, Workspace
 from tunesmith.storage import write_json
 from tunesmith.train.loop import Observer
@@ -154,18 +153,3 @@ def sentence(document: dict[str, Any]) -> str:
     if gain["high"] < -NO_WIDTH:
         return f"more rows of this kind do harm: {told}, if the curve goes on as it does"
     return f"it is not shown that more rows help: {told}"
-
-
-def curve_text(document: dict[str, Any]) -> str:
-    """The points as a table, and what they say."""
-    places = max(2, *(decimals(point["high"] - point["low"]) for point in document["points"]))
-    direction = "higher" if document["higher_is_better"] else "lower"
-    table = [["share", "rows", document["metric"], "95 % interval"]]
-    for point in document["points"]:
-        between = f"{point['low']:.{places}f} to {point['high']:.{places}f}"
-        table.append([f"{point['share']:.1%}", f"{point['rows']:,}", f"{point['value']:.{places}f}", between])
-    twice = document["twice"]
-    between = f"{twice['low']:.{places}f} to {twice['high']:.{places}f}"
-    table.append(["twice", f"{twice['rows']:,}", f"{twice['value']:.{places}f}", between])
-    head = f"{document['name']}: {document['metric']} of {document['rows']:,} held-out rows ({direction} is better)"
-    return "\n".join([head, "", aligned(table), "", document["sentence"]])

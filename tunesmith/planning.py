@@ -227,8 +227,10 @@ def make_plan(
     device = device_of(recipe.train)
     stage = set_up(recipe, workspace=workspace, device="meta", on_message=on_message)
     plan = _predicted(stage, device=device)
-    if not measure:
-        return plan
+    return _by_measuring(plan, stage, workspace=workspace, on_message=on_message) if measure else plan
+
+
+def _by_measuring(plan: Plan, stage: Stage, *, workspace: Workspace, on_message: Callable[[str], None]) -> Plan:
     on_message("measuring the steps with the largest packs in a process of its own")
     return _corrected(plan, _measured(stage, workspace=workspace, plan=plan))
 
@@ -445,10 +447,11 @@ def may_be_long(recipe: Recipe, *, model: Model, rows: TokenStore) -> bool:
 
 def check_before(recipe: Recipe, *, workspace: Workspace, say: Callable[[str], None]) -> None:
     """Measure a run that will be long before it trains, and say its plan; RecipeError where memory does not suffice."""
-    plan = make_plan(recipe, workspace=workspace)
+    stage = set_up(recipe, workspace=workspace, device="meta")
+    plan = _predicted(stage, device=device_of(recipe.train))
     if plan.seconds <= LONG_SECONDS:
         return
-    plan = make_plan(recipe, workspace=workspace, measure=True, on_message=say)
+    plan = _by_measuring(plan, stage, workspace=workspace, on_message=say)
     say(plan.as_text())
     if not plan.fits:
         raise _too_large(plan, recipe=recipe, workspace=workspace)

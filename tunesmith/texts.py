@@ -116,6 +116,46 @@ def combination_text(document: dict[str, Any]) -> str:
     return "\n".join([*parts, document["sentence"], f"next: tunesmith evaluate {document['run']}"])
 
 
+def curve_text(document: dict[str, Any]) -> str:
+    """The points as a table, and what they say."""
+    places = max(2, *(decimals(point["high"] - point["low"]) for point in document["points"]))
+    direction = "higher" if document["higher_is_better"] else "lower"
+    table = [["share", "rows", document["metric"], "95 % interval"]]
+    for point in document["points"]:
+        between = f"{point['low']:.{places}f} to {point['high']:.{places}f}"
+        table.append([f"{point['share']:.1%}", f"{point['rows']:,}", f"{point['value']:.{places}f}", between])
+    twice = document["twice"]
+    between = f"{twice['low']:.{places}f} to {twice['high']:.{places}f}"
+    table.append(["twice", f"{twice['rows']:,}", f"{twice['value']:.{places}f}", between])
+    head = f"{document['name']}: {document['metric']} of {document['rows']:,} held-out rows ({direction} is better)"
+    return "\n".join([head, "", aligned(table), "", document["sentence"]])
+
+
+def advice_text(advice: dict[str, Any]) -> str:
+    """The ways as a table, the advice, and what would change it."""
+    head = [
+        "",
+        advice["metric"],
+        f"to {advice['best']}",
+        "95 % interval",
+        "p (Holm)",
+        "tokens asked",
+        "answered",
+        "seconds",
+    ]
+    table = [head]
+    for entry in advice["ways"]:
+        found, costs = entry["to_best"], entry["costs"]
+        compared = ["best", "", ""] if found is None else _difference_cells(found | {"p": entry["p"]})[:3]
+        cost = [f"{costs['tokens_per_prompt']:.0f}", f"{costs['tokens_per_answer']:.0f}", f"{costs['seconds']:.0f}"]
+        table.append([entry["way"].replace("_", "-"), f"{entry['value']:.3f}", *compared, *cost])
+    parts = [f"{advice['run']} on {advice['rows']:,} held-out rows ({advice['data']})", "", aligned(table), ""]
+    parts.append(f"advice: {advice['because']}")
+    parts += [f"  - {text}" for text in advice["would_change"]]
+    parts += [f"  - {advice['more_rows']}"] if "more_rows" in advice else []
+    return "\n".join(parts)
+
+
 def _value_cell(value: dict[str, float]) -> str:
     """A score and its interval."""
     places = max(2, decimals(value["high"] - value["low"]))

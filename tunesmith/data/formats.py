@@ -13,7 +13,7 @@ from typing import Any
 
 from tunesmith.data.ledger import Problem
 from tunesmith.data.settings import PLACEHOLDER, DataSettings
-from tunesmith.data.sources import json_type
+from tunesmith.data.sources import json_type, read_rows
 from tunesmith.data.types import Example, Label, Message, Row
 
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("input", "output"), ("question", "answer"))
@@ -99,6 +99,15 @@ def to_example(row: Row, *, settings: DataSettings) -> Example:
     if isinstance(result, Problem):
         raise result.as_error()
     return result
+
+
+def read_examples(path: str, *, settings: DataSettings) -> list[Example]:
+    """All rows of a file, as the settings read them. DataError, with file and line, for the first that cannot be used."""
+    problems: list[Problem] = []
+    examples = [to_example(row, settings=settings) for row in read_rows(path, on_bad=problems.append)]
+    if errors := [problem for problem in problems if problem.severity == "error"]:
+        raise errors[0].as_error()
+    return examples
 
 
 def examine(row: Row, *, settings: DataSettings) -> Example | Problem:

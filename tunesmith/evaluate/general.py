@@ -7,10 +7,8 @@ difference lies within the margin (non-inferiority), and forgetting where all of
 from collections.abc import Callable
 from typing import Any
 
-from tunesmith.data.formats import to_example
-from tunesmith.data.ledger import Problem
+from tunesmith.data.formats import read_examples
 from tunesmith.data.settings import DataSettings
-from tunesmith.data.sources import read_rows
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example
 from tunesmith.errors import DataError
@@ -32,10 +30,7 @@ def read_general(path: str) -> list[Example]:
 
     Raises DataError where a row cannot be read, or texts and questions stand in one file.
     """
-    problems: list[Problem] = []
-    rows = [to_example(row, settings=DataSettings(train=path)) for row in read_rows(path, on_bad=problems.append)]
-    if errors := [problem for problem in problems if problem.severity == "error"]:
-        raise errors[0].as_error()
+    rows = read_examples(path, settings=DataSettings(train=path))
     if len({row.text is None for row in rows}) > 1:
         raise DataError(
             "texts and questions stand in one file", file=path, hint="give evaluate.general one kind of row"
