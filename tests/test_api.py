@@ -519,6 +519,105 @@ def test_what_is_forgotten_is_measured_and_the_gate_says_no(project):
     assert "The gate says no" in report
 
 
+GENERAL = "".join(f"Number {i} of a text that has nothing to do with colours.\n" for i in range(80))
+
+
+def test_general_rows_are_read_while_training_and_a_run_stops_where_they_cost_too_much(project):
+    (project / "general.txt").write_text(GENERAL)
+    watching = "evaluate={general: general.txt, every: 1}"
+    whole = tune(project, watching)
+    read = [line for line in metrics(whole) if "general_bits_per_byte" in line]
+    assert [line["step"] for line in read] == [0, 1, 2, 3, 4, 5, 6]
+    assert weights(whole) == weights(tune(project))  # looking changes nothing
+    document = evaluate(
+        project, whole, settings=EvaluateSettings(general=str(project / "general.txt"), max_tokens=2)
+    ).document
+    before, after = (document["general"]["systems"][system]["value"] for system in ("base", "tuned"))
+    costs = {line["step"]: line["general_bits_per_byte"] for line in read}
+    assert costs[0] == pytest.approx(before, rel=1e-4)
+    assert costs[whole.summary["best_step"]] == pytest.approx(after, rel=1e-4)
+    assert document["general"]["divergence"] > 0
+
+    # A base that knows the text forgets it: the rows of the task are other ones.
+    (project / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in GENERAL.splitlines()))
+    knowing = [
+        "objective=causal",
+        "method=full",
+        "data.train=text.jsonl",
+        "train.max_steps=40",
+        "train.learning_rate=3e-3",
+    ]
+    taught = tune(project, *knowing, "name=taught", "evaluate={}")
+    limited = [f"base={taught.path / 'model'}", "method=full", "train.max_steps=30", "train.learning_rate=1e-2"]
+    run = tune(project, *limited, watching, "train.general_limit=0.2", "train.validate_every=1")
+    costs = {line["step"]: line["general_bits_per_byte"] for line in metrics(run) if "general_bits_per_byte" in line}
+    assert (run.summary["stopped"], run.summary["steps"]) == ("early", max(costs))
+    rises = {step: cost - costs[0] for step, cost in costs.items()}
+    assert rises.pop(max(rises)) > 0.2 >= max(rises.values())
+    assert run.summary["best_step"] in rises
+
+    # Stopped by a signal and resumed, it ends at the same place with the same weights.
+    halted = [*limited, watching, "train.general_limit=0.2", "train.validate_every=1", "name=halted"]
+    with pytest.raises(Interrupted):
+        tune(project, *halted, observer=Stopping(2, signal.SIGTERM))
+    again = tune(project, *halted, resume=True)
+    assert (again.summary["steps"], again.summary["best_step"]) == (run.summary["steps"], run.summary["best_step"])
+    model = "model.safetensors"
+    assert (again.path / "model" / model).read_bytes() == (run.path / "model" / model).read_bytes()
+    assert metrics(again) == metrics(run)
+
+
+def test_without_a_step_within_the_limit_the_model_stays_the_base(project):
+    (project / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in GENERAL.splitlines()))
+    (project / "general.txt").write_text(GENERAL)
+    taught = tune(
+        project, "objective=causal", "method=full", "data.train=text.jsonl", "train.max_steps=40", "name=taught",
+        "train.learning_rate=3e-3", "evaluate={}",
+    )  # fmt: skip
+    run = tune(
+        project, f"base={taught.path / 'model'}", "evaluate={general: general.txt, every: 2}", "train.general_limit=1e-9",
+        "train.validate_every=null", "data.validation=null", "data.test=0.25", "method=full", "train.learning_rate=1e-2",
+    )  # fmt: skip
+    assert (run.summary["stopped"], run.summary["steps"]) == ("early", 2)
+    files = [(path / "model" / "model.safetensors") for path in (taught.path, run.path)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_base_as_a_teacher_holds_the_model_back_and_replay_teaches_the_general_rows(project):
+    (project / "replayed.txt").write_text(GENERAL[:2400])
+    (project / "general.txt").write_text(GENERAL[2400:])
+    given = EvaluateSettings(general=str(project / "general.txt"), against=("base",), max_tokens=2)
+
+    def general(*overrides: str) -> dict[str, Any]:
+        run = tune(project, *overrides, "train.max_steps=12")
+        return evaluate(project, run, settings=given).document["general"]
+
+    free = general()
+    held = general("objective={kind: distillation, teacher: base, share: 0.9}")
+    assert held["divergence"] < 0.5 * free["divergence"]
+    replayed = general("data.replay=replayed.txt", "data.replay_share=0.3")
+    assert replayed["systems"]["tuned"]["value"] < free["systems"]["tuned"]["value"]
+    run = tune(project, "data.replay=replayed.txt", "train.max_steps=1")
+    (entry,) = run.resolved["hashes"]["files"]["replay"]
+    assert "replayed.txt" in entry
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluate={every: 2}"], "every has no effect without general"),
+        (["train.general_limit=0.1"], "needs evaluate.general and evaluate.every"),
+        (["data.replay=rows.jsonl"], "holds rows of the task"),
+        (["data.replay_share=0.2"], "no effect without `replay`"),
+        (["data.replay=a.txt", "objective=classification"], "has no place in objective 'classification'"),
+        (["data.replay=a.txt", "evaluate={general: a.txt}"], "must not be trained on"),
+    ],
+)
+def test_settings_about_forgetting_that_would_have_no_effect_are_refused(project, overrides, message):
+    with pytest.raises(RecipeError, match=message):
+        tune(project, *overrides)
+
+
 @pytest.mark.parametrize("setting", ["general: nowhere.txt", "documents: nowhere, against: [retrieval]"])
 def test_what_the_evaluation_will_read_must_be_there_before_the_training(project, setting):
     with pytest.raises(NotFoundError) as caught:

@@ -17,12 +17,13 @@ from pydantic import ValidationError
 
 from tunesmith.data.contract import FILE as CONTRACT
 from tunesmith.data.formats import read_examples
+from tunesmith.data.general import read_general
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example
 from tunesmith.errors import DataError, NotFoundError, RecipeError, StorageError
 from tunesmith.evaluate.answered import Answered
 from tunesmith.evaluate.gate import judged
-from tunesmith.evaluate.general import prove_general, read_general
+from tunesmith.evaluate.general import prove_general
 from tunesmith.evaluate.report import write_report
 from tunesmith.evaluate.result import Evaluation
 from tunesmith.evaluate.run import System

@@ -71,18 +71,32 @@ class Recipe(BaseModel):
                     raise ValueError(f"train.{name} has no effect because data.validation is null")
             if isinstance(self.objective, Classification) and self.objective.right_share is not None:
                 raise ValueError("objective.right_share has no effect because data.validation is null")
+        if self.train.general_limit is not None and self.evaluate.every is None:
+            raise ValueError("train.general_limit needs evaluate.general and evaluate.every, which measure it")
+        if self.data.replay is not None and not self.objective.replays:
+            raise ValueError(
+                f"data.replay has no place in objective '{self.objective.kind_name}', which learns no texts"
+            )
+        if self.data.replay is not None and self.data.replay == self.evaluate.general:
+            raise ValueError(
+                "data.replay is the file of evaluate.general, which must not be trained on: give two files"
+            )
         per_token = "perplexity" in (self.evaluate.metrics or ()) and "base" in (self.evaluate.against or ("base",))
         if per_token and self.objective.num_new_tokens:
             raise ValueError(
                 "evaluate.metrics has perplexity, which is a token's, and objective.new_tokens gives the run other tokens "
                 "than its base: use bits_per_byte"
             )
+        if isinstance(self.base, NewBase) and self.objective.teacher_base == BASE:
+            raise ValueError("objective.teacher is the base, and this one is new: name a model that was trained")
         if isinstance(self.base, NewBase) and self.method.kind != "full":
             raise ValueError(
                 f"method '{self.method.kind}' tunes a pre-trained base, and this one is new: use method: full"
             )
         return self
 
+
+BASE = "base"  # as a teacher: the recipe's own base
 
 SHORT = reprlib.Repr()
 SHORT.maxlevel, SHORT.maxlist, SHORT.maxdict = 1, 3, 3
@@ -279,7 +293,7 @@ def _resolved(recipe: Recipe, *, folder: Path) -> Recipe:
     data = recipe.data
     train = path(data.train) if isinstance(data.train, str) else [path(p) for p in data.train]
     update: dict[str, Any] = {"train": train}
-    for key in ("validation", "test", "template"):
+    for key in ("validation", "test", "template", "replay"):
         given = getattr(data, key)
         if isinstance(given, str):
             update[key] = path(given)
@@ -289,7 +303,9 @@ def _resolved(recipe: Recipe, *, folder: Path) -> Recipe:
     elif base != "starter" and os.path.exists(os.path.join(folder, os.path.expanduser(base))):
         base = path(base)
     objective = recipe.objective
-    if objective.teacher_base is not None and os.path.exists(
+    if objective.teacher_base == BASE and isinstance(base, str):
+        objective = objective.model_copy(update={"teacher": base})
+    elif objective.teacher_base is not None and os.path.exists(
         os.path.join(folder, os.path.expanduser(objective.teacher_base))
     ):
         objective = objective.model_copy(update={"teacher": path(objective.teacher_base)})

@@ -275,13 +275,17 @@ def record_start(
 ) -> None:
     """Enter a run with its data and its base, which has so many `parameters`."""
     states = prepared.ledger["states"]
+    replayed = prepared.ledger["reasons"].get("trained", {}).get("replayed", 0)
     counts = {
-        "train": states["trained"] + states["truncated"],
+        "train": states["trained"] + states["truncated"] - replayed,
+        "replay": replayed,
         "validation": states["held_out_validation"],
         "test": states["held_out_test"],
     }
     datasets = {}
-    given = {"train": recipe.data.train_paths, "validation": recipe.data.validation, "test": recipe.data.test}
+    given = {"train": recipe.data.train_paths} | {
+        role: getattr(recipe.data, role) for role in ("validation", "test", "replay")
+    }
     for role, value in given.items():
         names = value if isinstance(value, list) else [value] if isinstance(value, str) else []
         paths = [path for name in names for _, path in resolve(name)]

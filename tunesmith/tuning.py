@@ -11,7 +11,9 @@ from types import FrameType
 from typing import Any, Literal
 
 from tunesmith.data.prepare import Prepared
-from tunesmith.errors import Interrupted, StorageError
+from tunesmith.data.template import ChatTemplate
+from tunesmith.errors import Interrupted, RecipeError, StorageError
+from tunesmith.evaluate.general import Watched
 from tunesmith.models.heads import save_head
 from tunesmith.models.load import Model, load_model
 from tunesmith.models.quantised import check_installed
@@ -89,6 +91,8 @@ def tune(
                 teacher=start.teacher,
                 processes=processes,
                 cache=workspace.cache,
+                watch=start.watched,
+                watch_every=recipe.evaluate.every or 1,
             )
             with _end_recorded(fit, folder=folder, index=index, signals=signals):
                 signals.train(fit)
@@ -111,6 +115,7 @@ class _Start:
     teacher: Model | None
     prepared: Prepared
     growth: Growth | None
+    watched: Watched | None
     folder: Path
 
 
@@ -143,6 +148,7 @@ def _start(
     if before is not None and is_begun(before):
         check_unchanged(before, resolved)
     parameters = model.num_parameters()
+    watched = _watched(recipe, model=model, template=template)
     _apply(model, recipe, growth=growth)  # what does not suit the base is refused before there is a folder
 
     def opened() -> Path:
@@ -154,7 +160,16 @@ def _start(
         record_start(index_of(workspace), folder, recipe, model=model, parameters=parameters, prepared=prepared)
         return folder
 
-    return _Start(recipe, resolved, model, teacher, prepared, growth, processes.first(opened))
+    return _Start(recipe, resolved, model, teacher, prepared, growth, watched, processes.first(opened))
+
+
+def _watched(recipe: Recipe, *, model: Model, template: ChatTemplate) -> Watched | None:
+    """The general rows that are read while training, where the recipe asks for it."""
+    if recipe.evaluate.every is None:
+        return None
+    if model.is_encoder or model.is_encoder_decoder:
+        raise RecipeError("evaluate.every: this base does not go on with a text", hint="leave it out")
+    return Watched(model, settings=recipe.evaluate, template=template)
 
 
 def _apply(model: Model, recipe: Recipe, *, growth: Growth | None) -> None:

@@ -322,6 +322,48 @@ def test_personal_data_is_kept_masked_or_dropped_and_counted(make, treated):
         assert b"555-0199" not in written
 
 
+def test_general_rows_are_trained_on_with_the_weight_of_a_row_and_counted(make, tmp_path):
+    task = [row(f"question {i}") for i in range(30)]
+    general = [{"text": f"General text {i}. " * (i + 1)} for i in range(8)] + [
+        row("Who wrote it?", "Nobody knows who.")
+    ]
+    path = write(tmp_path / "general.jsonl", general)
+    plain = make(task)
+    replayed = make(task, replay=path, replay_share=0.2)
+    num_task = plain.train.num_units
+    num_general = round(0.2 / 0.8 * num_task)
+    assert replayed.train.num_units == num_task + num_general
+    for i in range(num_task):
+        assert [s.weight_T.tolist() for s in replayed.train.unit(i)] == [
+            s.weight_T.tolist() for s in plain.train.unit(i)
+        ]
+
+    def weight(unit: int) -> float:
+        return sum(float(s.weight_T.sum()) for s in replayed.train.unit(unit))
+
+    task_weight = sum(map(weight, range(num_task)))
+    for unit in range(num_task, num_task + num_general):
+        assert weight(unit) == pytest.approx(task_weight / num_task, rel=1e-5)
+        assert replayed.train.origin(unit).file == path
+    assert list(replayed.examples("train")) == list(plain.examples("train"))  # what few-shot prompts are drawn from
+    ledger = replayed.ledger
+    assert ledger["rows"] == len(task) + len(general)
+    assert ledger["reasons"]["trained"] == {"replayed": num_general}
+    assert ledger["reasons"]["dropped"] == {"not drawn for replay": len(general) - num_general}
+    assert path in "".join(replayed.files["replay"])
+
+
+def test_a_general_row_that_is_too_long_is_settled_as_any_other(make, tmp_path):
+    task = [row(f"question {i}") for i in range(30)]
+    path = write(tmp_path / "general.jsonl", [row("Tell me all.", "word " * 400), {"text": "word " * 4000}])
+    with pytest.raises(DataError, match="tokens and 200 are allowed"):
+        make(task, replay=path, replay_share=0.5, max_tokens=200)
+    found = make(task, replay=path, replay_share=0.5, max_tokens=200, too_long="drop")
+    assert found.ledger["reasons"]["dropped"] == {"too_long": 1}
+    assert found.ledger["reasons"]["trained"] == {"replayed": 1}  # a text becomes windows
+    assert found.train.longest() <= 200
+
+
 def test_classes_are_taken_from_the_rows_that_stay(make):
     rows = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(6)] + [{"text": "me@example.com", "label": "c"}]
     for treated, labels in (("mask", ["a", "b", "c"]), ("drop", ["a", "b"])):

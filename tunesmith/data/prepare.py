@@ -8,7 +8,7 @@ with the data.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from tunesmith.data.curate.masking import masked
 from tunesmith.data.formats import examine
+from tunesmith.data.general import draw_key, drawn_keys, parts
 from tunesmith.data.ledger import Ledger, Problem
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources import read_rows, resolve
@@ -38,6 +39,11 @@ class Trains(Protocol):
 
     def groups(self, values: Iterable[np.ndarray]) -> np.ndarray | None:
         """Rows that are learned from together."""
+
+    def general_sequences(
+        self, examples: list[Example], *, template: ChatTemplate, max_tokens: int
+    ) -> list[list[Sequence]]:
+        """The same of general rows, which have nothing to do with the task."""
 
     def cut(self, sequences: list[Sequence], *, num_tokens: int) -> list[Sequence]:
         """The beginnings of a row's sequences."""
@@ -134,7 +140,8 @@ def prepare(
 
     `max_tokens` is the longest sequence allowed. `on_rows` is told how many rows were read so far.
     """
-    read = {name: [f for s in sources for f in resolve(s)] for name, sources in _sources(settings).items()}
+    sources = _sources(settings) | ({} if settings.replay is None else {"replay": [settings.replay]})
+    read = {name: [file for source in found for file in resolve(source)] for name, found in sources.items()}
     _refuse_repeated(read)
     files = {name: [f"{shown} {sha256_file(path)}" for shown, path in found] for name, found in read.items()}
     objective = objective.fitted(usable(settings))  # so that the fitted one, as a run has it, finds the same rows
@@ -206,6 +213,7 @@ class _Preparation:
     num_rows: int = 0
     seen: dict[str, set[int]] = field(default_factory=dict)  # by side: 64 bits of each row's key
     longest: tuple[int, Origin] | None = None
+    trained_weight: float = 0.0
 
     def run(self) -> None:
         (self.folder / "objective.json").write_text(json.dumps(self.objective.model_dump(mode="json")), "utf-8")
@@ -215,13 +223,17 @@ class _Preparation:
         try:
             for name, sources in _sources(self.settings).items():
                 shares = self.settings.shares if name == "train" else {}
-                for batch in _batched(self._examples(sources), BATCH_ROWS):
+                for batch in _batched(self._examples(sources, settings=self.settings), BATCH_ROWS):
                     for example, where, sequences in self._rendered(batch, name=name, shares=shares):
                         texts[where].write(_to_json(example) + "\n")
                         if where in writers:
                             for unit in self.objective.units(sequences):
                                 writers[where].add(unit, origin=example.origin)
+                        if where == "train":
+                            self.trained_weight += sum(float(s.weight_T.sum()) for s in sequences)
                     self.on_rows(self.num_rows)
+            if self.settings.replay is not None:
+                self._replay(writers["train"], path=self.settings.replay)
         finally:
             for file in texts.values():
                 file.close()
@@ -232,6 +244,26 @@ class _Preparation:
             self._group(TokenStore(self.folder / name), needed=name == "train")
         self.ledger.assert_complete(self.num_rows)
         (self.folder / "ledger.json").write_text(json.dumps(self.ledger.as_dict(), indent=1), "utf-8")
+
+    def _replay(self, writer: TokenWriter, *, path: str) -> None:
+        """General rows among the trained ones: `replay_share` of the units, each with the weight of a unit of the task."""
+        share, num_units = self.settings.replay_share, writer.num_units
+        wanted = drawn_keys(path, count=round(share / (1 - share) * num_units)) if num_units else set()
+        for row in self._examples([path], settings=DataSettings(train=path, personal=self.settings.personal)):
+            chosen = [part for part in parts(row) if draw_key(part) in wanted]
+            if not chosen:
+                self.ledger.record(row.origin, state="dropped", reason="not drawn for replay")
+                continue
+            wanted.difference_update(map(draw_key, chosen))  # of parts that are the same, only the first is taken
+            try:
+                found = self.objective.general_sequences(chosen, template=self.template, max_tokens=self.max_tokens)
+            except TemplateError as error:
+                self._refuse(Problem("template", "error", *row.origin, error.message, hint=error.hint))
+                continue
+            sequences = self._settled(row, [s for unit in found for s in unit], where="train", reason="replayed")
+            if sequences is not None:
+                for unit in found if row.text is not None else [sequences]:
+                    writer.add(_weighing(unit, weight=self.trained_weight / num_units), origin=row.origin)
 
     def _group(self, store: TokenStore, *, needed: bool) -> None:
         """Rows that are learned from together become the store's units, where the objective wants it."""
@@ -247,11 +279,11 @@ class _Preparation:
             )
         write_groups(store.folder, groups=groups)
 
-    def _examples(self, sources: list[str]) -> Iterator[Example]:
+    def _examples(self, sources: list[str], *, settings: DataSettings) -> Iterator[Example]:
         for source in sources:
             for row in read_rows(source, on_bad=self._unreadable):
                 self.num_rows += 1
-                example = examine(row, settings=self.settings)
+                example = examine(row, settings=settings)
                 if isinstance(example, Problem):
                     self._refuse(example)
                     continue
@@ -284,21 +316,29 @@ class _Preparation:
             if where == "train" and not is_in(example.prompt_key, share=self.settings.train_share):
                 self.ledger.record(example.origin, state="dropped", reason="train_share")
                 continue
-            fitted = self._fit(example, sequences)
-            if fitted is None:
-                continue
-            cut, sequences = fitted
-            if not any(s.num_targets for s in sequences):
-                message = "no token of this row would be trained"
-                self._refuse(Problem("empty_target", "error", *example.origin, message, hint="mend or drop the row"))
-                continue
-            if where != "train":
-                self.ledger.record(example.origin, state=f"held_out_{where}")
-            elif cut:
-                self.ledger.record(example.origin, state="truncated", reason="too_long", tokens_cut=cut)
-            else:
-                self.ledger.record(example.origin, state="trained")
-            yield example, where, sequences
+            settled = self._settled(example, sequences, where=where)
+            if settled is not None:
+                yield example, where, settled
+
+    def _settled(
+        self, example: Example, sequences: list[Sequence], *, where: str, reason: str = ""
+    ) -> list[Sequence] | None:
+        """What is left of a row's sequences where it stays; either way it is entered in the ledger."""
+        fitted = self._fit(example, sequences)
+        if fitted is None:
+            return None
+        cut, sequences = fitted
+        if not any(s.num_targets for s in sequences):
+            message = "no token of this row would be trained"
+            self._refuse(Problem("empty_target", "error", *example.origin, message, hint="mend or drop the row"))
+            return None
+        if where != "train":
+            self.ledger.record(example.origin, state=f"held_out_{where}")
+        elif cut:
+            self.ledger.record(example.origin, state="truncated", reason="too_long", tokens_cut=cut)
+        else:
+            self.ledger.record(example.origin, state="trained", reason=reason)
+        return sequences
 
     def _sequences(self, batch: list[Example]) -> Iterator[tuple[Example, list[Sequence] | None]]:
         """Render a batch at once; row by row only where one of them is refused."""
@@ -380,6 +420,12 @@ class _Preparation:
                 file=given if isinstance(given, str) else self.settings.train_paths[0],
                 hint="give more rows, a larger share, a file, or data.validation: null",
             )
+
+
+def _weighing(sequences: list[Sequence], *, weight: float) -> list[Sequence]:
+    """The same with weights that add up to `weight`."""
+    factor = weight / sum(float(s.weight_T.sum()) for s in sequences)
+    return [replace(s, weight_T=(s.weight_T * factor).astype(np.float32)) for s in sequences]
 
 
 def _batched(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:

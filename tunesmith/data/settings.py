@@ -32,6 +32,17 @@ class DataSettings(BaseModel):
         le=1,
         description="Which share of the training rows is trained on; a larger one holds them all.",
     )
+    replay: str | None = Field(
+        default=None,
+        description="A file of general texts, or of questions and answers, trained on among the rows so that less is"
+        " forgotten.",
+    )
+    replay_share: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="Which share of what is trained on comes from `replay`, in rows and in the weight they have.",
+    )
     form: Form = Field(default="auto", description="The form of the rows; `auto` tells it from each row's columns.")
     mapping: dict[str, str] = Field(
         default_factory=dict,
@@ -110,6 +121,10 @@ class DataSettings(BaseModel):
         for name, value in (("validation", self.validation), ("test", self.test)):
             if isinstance(value, str) and value in paths:
                 yield f"`{name}` is {value!r}, which is also trained on; give another file, or a share such as 0.1"
+        if self.replay is not None and self.replay in {*paths, self.validation, self.test}:
+            yield f"`replay` is {self.replay!r}, which holds rows of the task; give general rows"
+        if self.replay is None and "replay_share" in self.model_fields_set and self.replay_share != 0.1:
+            yield "`replay_share` has no effect without `replay`"
         if isinstance(self.test, str) and self.test == self.validation:
             yield f"`test` and `validation` are both {self.test!r}; a test must not also choose the best step"
         if sum(self.shares.values()) >= 1:

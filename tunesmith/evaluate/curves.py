@@ -84,6 +84,7 @@ def curves(path: Path, *, best_step: int | None) -> dict[str, Any] | None:
 
 
 SMALL_CURVES = {
+    "general_bits_per_byte": "bits a byte, general rows",
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",

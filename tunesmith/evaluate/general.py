@@ -5,52 +5,30 @@ difference lies within the margin (non-inferiority), and forgetting where all of
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from tunesmith.data.formats import read_examples
-from tunesmith.data.settings import DataSettings
+import numpy as np
+import torch
+
+from tunesmith.data.general import read_general
+from tunesmith.data.pack import build_packs
 from tunesmith.data.template import ChatTemplate
-from tunesmith.data.types import Example
-from tunesmith.errors import DataError
+from tunesmith.data.types import Example, Sequence
 from tunesmith.evaluate.metrics import METRICS
-from tunesmith.evaluate.result import Evaluation
-from tunesmith.evaluate.run import System, evaluate_systems
+from tunesmith.evaluate.result import Evaluation, drawn
+from tunesmith.evaluate.run import System, evaluate_systems, reference_of
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.evaluate.statistics import decimals
+from tunesmith.models.load import Model
+from tunesmith.models.readout import target_divergences
 from tunesmith.objectives.base import Objective
 from tunesmith.objectives.causal import Causal
 from tunesmith.objectives.instruction import Instruction
 
-PASSAGE_CHARACTERS = 1200
+WATCHED_ROWS = 32  # read at a time; a signal is looked for between
+PACK_TOKENS = 4096
 MAX_FLIPS = 50
-
-
-def read_general(path: str) -> list[Example]:
-    """The rows of a file: conversations as they are, texts in passages, which keep the place of their text.
-
-    Raises DataError where a row cannot be read, or texts and questions stand in one file.
-    """
-    rows = read_examples(path, settings=DataSettings(train=path))
-    if len({row.text is None for row in rows}) > 1:
-        raise DataError(
-            "texts and questions stand in one file", file=path, hint="give evaluate.general one kind of row"
-        )
-    return [part for row in rows for part in ([row] if row.text is None else _passages(row))]
-
-
-def _passages(row: Example) -> list[Example]:
-    """A text in pieces that end with a line, where it has lines."""
-    assert row.text is not None
-    pieces, held = [], ""
-    for line in row.text.splitlines(keepends=True):
-        while len(line) > PASSAGE_CHARACTERS:
-            pieces.append(held + line[: PASSAGE_CHARACTERS - len(held)])
-            line, held = line[PASSAGE_CHARACTERS - len(held) :], ""
-        if len(held) + len(line) > PASSAGE_CHARACTERS:
-            pieces.append(held)
-            held = ""
-        held += line
-    return [Example(row.origin, "text", text=piece) for piece in [*pieces, held] if piece.strip()]
 
 
 def prove_general(
@@ -64,25 +42,96 @@ def prove_general(
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The document's entry `general`: what base and tuned make of the rows of `settings.general`."""
-    objective: Objective = Causal() if examples and examples[0].text is not None else Instruction()
+    objective = _objective(examples)
     places = [str(example.origin) for example in examples]
     found = evaluate_systems(
         [tuned, base],
         examples=examples,
         template=template,
         objective=objective,
-        settings=EvaluateSettings(
-            rows=settings.general_rows,
-            max_tokens=settings.max_tokens,
-            batch_rows=settings.batch_rows,
-            seed=settings.seed,
-        ),
+        settings=_settings(settings),
         run=run,
         data=str(settings.general),
         cluster_of=(lambda example: str(example.origin)) if 1 < len(set(places)) < len(places) else None,
         on_progress=lambda text: on_progress(f"general, {text}"),
     )
-    return entry_of(found, margin=settings.general_margin)
+    entry = entry_of(found, margin=settings.general_margin)
+    if base.template is None:  # else the two have different tokens
+        rows = _sequences(examples, model=tuned.model, template=template, settings=settings)
+        entry["divergence"] = divergence(tuned, base, [sequence for row in rows for sequence in row[1]])
+    return entry
+
+
+def _objective(examples: list[Example]) -> Objective:
+    """What reads general rows, whatever the run was tuned for."""
+    return Causal() if examples and examples[0].text is not None else Instruction()
+
+
+def _settings(settings: EvaluateSettings) -> EvaluateSettings:
+    """How general rows are chosen and answered."""
+    return EvaluateSettings(
+        rows=settings.general_rows, max_tokens=settings.max_tokens, batch_rows=settings.batch_rows, seed=settings.seed
+    )
+
+
+def _sequences(
+    examples: list[Example], *, model: Model, template: ChatTemplate, settings: EvaluateSettings
+) -> list[tuple[Example, list[Sequence]]]:
+    """The rows that are read, with their sequences; questions that do not fit into the context are left out."""
+    room = model.room_tokens
+    found = _objective(examples).sequences(examples, template=template, max_tokens=room)
+    by_row = {id(example): sequences for example, sequences in zip(examples, found, strict=True)}
+    fitting = [e for e in examples if max(s.num_context_tokens for s in by_row[id(e)]) <= room]
+    return [(e, by_row[id(e)]) for e in drawn(fitting, settings=_settings(settings))]
+
+
+def divergence(tuned: System, base: System, sequences: list[Sequence]) -> float:
+    """KL(base || tuned) in nats, the mean over all targets: how far tuning moved what comes next."""
+    total, count = 0.0, 0
+    was_training = tuned.model.causal.training
+    for system in (tuned, base):
+        system.model.causal.eval()
+    with torch.no_grad():
+        for pack in build_packs(sequences, max_tokens=PACK_TOKENS):
+            with base.switched():
+                before_ND = base.model.hidden_at(pack)
+            moved_N = target_divergences(
+                tuned.model.hidden_at(pack),
+                head=tuned.model.head,
+                softcap=tuned.model.softcap,
+                teacher_ND=before_ND,
+                teacher_head=base.model.head,
+                teacher_softcap=base.model.softcap,
+                temperature=1.0,
+                reverse=False,
+            )
+            total, count = total + float(moved_N.double().sum()), count + len(moved_N)
+    tuned.model.causal.train(was_training)
+    return total / count
+
+
+class Watched:
+    """The bits a byte that general rows cost a model while it is tuned: what train/loop.py watches."""
+
+    def __init__(self, model: Model, *, settings: EvaluateSettings, template: ChatTemplate):
+        assert settings.general is not None
+        self.model = model
+        rows = _sequences(read_general(settings.general), model=model, template=template, settings=settings)
+        self._rows = [sequences for _, sequences in rows]
+        self._bytes = sum(max(1, len(reference_of(example, template=template).encode())) for example, _ in rows)
+
+    def __call__(self, stop: Callable[[], bool]) -> float | None:
+        """Bits a byte; None where `stop` said so."""
+        nats = 0.0
+        was_training = self.model.causal.training
+        self.model.causal.eval()
+        for start in range(0, len(self._rows), WATCHED_ROWS):
+            if stop():
+                return None
+            some = [replace(s, row=0) for sequences in self._rows[start : start + WATCHED_ROWS] for s in sequences]
+            nats -= float(self.model.row_logprobs(some, num_rows=1, max_tokens=PACK_TOKENS)[0])
+        self.model.causal.train(was_training)
+        return nats / self._bytes / float(np.log(2))
 
 
 def entry_of(found: Evaluation, *, margin: float) -> dict[str, Any]:

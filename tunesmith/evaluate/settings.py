@@ -39,6 +39,9 @@ class EvaluateSettings(BaseModel):
     general_margin: float = Field(
         default=0.02, gt=0, description="how much worse is still small: bits a byte of texts, a share of right answers"
     )
+    every: int | None = Field(
+        default=None, ge=1, description="read general every so many optimiser steps while training"
+    )
     gate: dict[str, str] | None = Field(
         default=None, description="rules that must hold, or `evaluate` ends with status 3 (see docs/evaluation.md)"
     )
@@ -76,7 +79,7 @@ class EvaluateSettings(BaseModel):
             return self
         if "few_shot" in self.model_fields_set and self.against is not None and "few_shot" not in self.against:
             raise ValueError("few_shot has no effect because `against` does not name few_shot")
-        for name in ("general_rows", "general_margin"):
+        for name in ("general_rows", "general_margin", "every"):
             if name in self.model_fields_set and self.general is None:
                 raise ValueError(f"{name} has no effect without general")
         if self.gate is not None and "general" in self.gate and self.general is None:

@@ -63,6 +63,7 @@ class Objective(BaseModel, ABC):
     summary: ClassVar[str] = ""
     whole_units: ClassVar[bool] = False  # the sequences of a unit are read together, so they stay in one pack
     idle: ClassVar[tuple[str, ...]] = ()  # settings of the class above that it has no use for, and refuses
+    replays: ClassVar[bool] = False  # general texts and conversations can be trained on beside the rows of the task
     reads_source: ClassVar[bool] = False  # an encoder reads the prompt and a decoder writes the answer
 
     @property
@@ -136,6 +137,12 @@ class Objective(BaseModel, ABC):
     def rate_factors(self) -> dict[str, float]:
         """Factors on the learning rate of parameters of its own, by name."""
         return {}
+
+    def general_sequences(
+        self, examples: list[Example], *, template: ChatTemplate, max_tokens: int
+    ) -> list[list[Sequence]]:
+        """For each general row, a text or a conversation, what is read and trained; for objectives that replay."""
+        raise NotImplementedError(f"{self.kind_name} does not replay")
 
     def cut(self, sequences: list[Sequence], *, num_tokens: int) -> list[Sequence]:
         """The beginnings of a row's sequences, some too long, where the recipe allows to truncate."""

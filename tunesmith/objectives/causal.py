@@ -25,6 +25,7 @@ class Causal(Objective):
 
     kind: Literal["causal"] = "causal"
     summary: ClassVar[str] = "continued pre-training on raw text"
+    replays: ClassVar[bool] = True
     new_tokens: int | None = Field(
         default=None,
         ge=0,
@@ -55,6 +56,14 @@ class Causal(Objective):
             ]
             for tokens_T in _tokens(examples, template=template)
         ]
+
+    def general_sequences(
+        self, examples: list[Example], *, template: ChatTemplate, max_tokens: int
+    ) -> list[list[Sequence]]:
+        """Texts as windows, conversations as they are rendered; a row of one kind."""
+        if examples[0].text is None:
+            return template.sequences(examples)
+        return self.sequences(examples, template=template, max_tokens=max_tokens)
 
     def read_texts(self, examples: list[Example], *, template: ChatTemplate) -> list[Sequence]:
         """Each text in one window."""

@@ -24,7 +24,10 @@ class Distillation(Instruction):
     kind: Literal["distillation"] = "distillation"  # type: ignore[assignment]
     summary: ClassVar[str] = "answer as a larger model would, from its probabilities"
 
-    teacher: str = Field(description="the larger model: a local folder or a hub name, with the same tokenizer")
+    teacher: str = Field(
+        description="the larger model: a local folder or a hub name, with the same tokenizer; `base`: the recipe's own base,"
+        " which then keeps the model from moving far from it"
+    )
     divergence: Literal["forward", "reverse"] = Field(
         default="forward", description="forward covers all that the teacher holds possible, reverse what is likely"
     )

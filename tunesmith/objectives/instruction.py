@@ -12,6 +12,7 @@ from tunesmith.data.pack import Pack
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example, Sequence
 from tunesmith.objectives.base import Loss, Objective, Readout, cross_entropy, row_error
+from tunesmith.objectives.causal import Causal
 
 
 class Instruction(Objective):
@@ -19,6 +20,7 @@ class Instruction(Objective):
 
     kind: Literal["instruction"] = "instruction"
     summary: ClassVar[str] = "answer as the examples' assistant turns do"
+    replays: ClassVar[bool] = True
 
     def sequences(self, examples: list[Example], *, template: ChatTemplate, max_tokens: int) -> list[list[Sequence]]:
         """The rendered conversations; a row longer than `max_tokens` is returned whole and settled by the caller."""
@@ -33,6 +35,12 @@ class Instruction(Objective):
                     hint=f"use objective: {other}, or map columns with data.mapping: {{prompt: COLUMN, completion: COLUMN}}",
                 )
         return template.sequences(examples)
+
+    def general_sequences(
+        self, examples: list[Example], *, template: ChatTemplate, max_tokens: int
+    ) -> list[list[Sequence]]:
+        """As continued pre-training reads them."""
+        return Causal().general_sequences(examples, template=template, max_tokens=max_tokens)
 
     def loss(self, readout: Readout, pack: Pack) -> Loss:
         """Negative log-likelihood of the trained turns."""

@@ -9,6 +9,7 @@ to the bit.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -31,6 +32,8 @@ from tunesmith.train.optimiser import Optimiser, learning_rate
 from tunesmith.train.parallel import ALONE, Processes, clip_gradients, gradient_norm, part_like
 from tunesmith.train.passes import autocast, evaluate_loss, forward, packed
 from tunesmith.train.settings import TrainSettings
+
+Watch = Callable[[Callable[[], bool]], float | None]  # asks whether to stop; what it measured, None where it was to
 
 FEWEST_TOKENS = 32  # at a time: fewer than a row, so that halving them helps no more
 
@@ -73,6 +76,9 @@ class Progress:
     recent: list[float] = field(default_factory=list)  # training losses since the last validation
     last_recent: float | None = None
     rising: int = 0
+    general_step: int = -1  # when the general rows were last read
+    general_first: float | None = None  # bits a byte, before the first step
+    general: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,10 +125,13 @@ class Fit:
         teacher: Model | None = None,
         processes: Processes = ALONE,
         cache: Path | None = None,
+        watch: Watch | None = None,
+        watch_every: int = 1,
     ):
         self.model, self.method, self.objective, self.settings = model, method, objective, settings
         self.processes = processes
         self.train, self.validation, self.teacher = train, validation, teacher
+        self.watch, self.watch_every = watch, watch_every
         self.folder, self.observer = folder / "checkpoints", observer
         self.peak = settings.learning_rate or method.learning_rate
         self.parameters = trainable(model)
@@ -211,14 +220,44 @@ class Fit:
         self.observer.step({"step": progress.step, "time": time.time()} | record)
 
     def _stop_early(self) -> bool:
-        """Validate where it is due and was not done yet; whether the patience is at an end."""
+        """Validate where it is due and was not done yet; whether too much was forgotten or the patience is at an end."""
         progress, patience = self.progress, self.settings.patience
+        if self.watch is not None and self._forgets(self.watch):
+            return True
         if self.validation is not None and self._due(self.validate_every) and progress.validated_step < progress.step:
             self._validate()
         if not patience or progress.validations_since_best < patience:
             return False
         self.observer.message(f"stopped early: no better validation loss in {patience} validations")
         return True
+
+    def _forgets(self, watch: Watch) -> bool:
+        """Read the general rows where it is due and was not done yet; whether they became worse than the limit allows.
+
+        Before each validation too where there is a limit, so that no step beyond it is chosen as the best one.
+        """
+        progress, limit = self.progress, self.settings.general_limit
+        chooses = limit is not None and self.validation is not None and self._due(self.validate_every)
+        if progress.step not in (0, progress.general_step) and not (self._due(self.watch_every) or chooses):
+            return False
+        if progress.general_step != progress.step:
+            with autocast(self.model, self.settings):
+                value = watch(self._signalled)
+            if value is None:
+                self._interrupted()
+            progress.general_step, progress.general = progress.step, value
+            progress.general_first = value if progress.general_first is None else progress.general_first
+            self.observer.validation({"step": progress.step, "general_bits_per_byte": value})
+        if limit is None:
+            return False
+        rise = (progress.general or 0.0) - (progress.general_first or 0.0)
+        if rise > limit:
+            self.observer.message(
+                f"stopped early: general rows cost {rise:.3f} bits a byte more, and {limit:g} are allowed"
+            )
+        elif progress.best_step is None:
+            self._write("best", tensors=self._weights(), state={"step": progress.step, "loss": None})
+        return rise > limit
 
     def _due(self, every: int) -> bool:
         step = self.progress.step

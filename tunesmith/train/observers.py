@@ -232,7 +232,7 @@ class RichProgress:
 
     def validation(self, record: dict[str, Any]) -> None:
         assert self._session is not None
-        self._session.validation_loss = record["validation_loss"]
+        self._session.validation_loss = record.get("validation_loss", self._session.validation_loss)
         self._unprinted = True
         if self._live is None:
             self._print_line()

@@ -35,6 +35,12 @@ class TrainSettings(BaseModel):
     )
     validate_every: int | None = Field(default=None, ge=1, description="optimiser steps; a tenth of the run by default")
     patience: int | None = Field(default=None, ge=1, description="stop after this many validations without a new best")
+    general_limit: float | None = Field(
+        default=None,
+        gt=0,
+        description="stop when the rows of evaluate.general cost this many bits a byte more than at the start; the best step"
+        " is then chosen among those before",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, slower"
     )
