@@ -21,7 +21,7 @@ from tunesmith import cli
 CONFIG = {"model_type": "llama", "max_position_embeddings": 64}
 CHECK_KEYS = {"file", "form", "rows", "problems", "tokens", "ledger"}
 RUN_COMMANDS = ("evaluate", "show", "report", "generate", "chat", "export", "compare", "combine")
-COMMANDS = ("quickstart", "init", "data", "plan", "train", "curve", "advise", "runs", *RUN_COMMANDS)
+COMMANDS = ("quickstart", "init", "data", "plan", "train", "curve", "bench", "advise", "runs", *RUN_COMMANDS)
 
 
 @dataclass

@@ -85,12 +85,8 @@ def evaluate(
     workspace = workspace or find_workspace()
     run = find_run(run, workspace=workspace, finished=True)
     settings = settings or run.recipe.evaluate
-    tuned = load(run, workspace=workspace)
+    tuned, before = tuned_and_base(run, workspace=workspace)
     recipe = run.recipe
-    in_place = recipe.method.keeps_base and recipe.method.stored_in is None  # what counts is the base as it came
-    in_place = in_place and not recipe.objective.num_new_tokens  # and as it reads
-    base = tuned.model if in_place else load_model(recipe.base, device=str(tuned.model.device))
-    switched = (lambda: tuned.method.disabled(tuned.model)) if base is tuned.model else contextlib.nullcontext
     prepared = None
     if data is None or settings.against is None or set(settings.against) - {"base"}:
         prepared = prepare_data(recipe, model=tuned.model, workspace=workspace, template=tuned.template)
@@ -100,9 +96,7 @@ def evaluate(
     else:
         name, examples = str(data), _other_rows(recipe, data)
     general = None if settings.general is None else _general_rows(settings.general, model=tuned.model)
-    own = template_of(base, recipe, run=run.path) if recipe.objective.num_new_tokens else None
     prove = prove_head if isinstance(recipe.objective, Headed) else prove_text
-    before = System("base", base, switched, template=own, answered=Answered(workspace.cache / "answers", base))
     evaluation = prove(
         tuned,
         before,
@@ -129,6 +123,17 @@ def evaluate(
         index_of(workspace).record_evaluation(run.name)
     write_report(run.path)
     return evaluation
+
+
+def tuned_and_base(run: Run, *, workspace: Workspace) -> tuple[Tuned, System]:
+    """A run's model, and the base to compare it with: the same model without what was tuned, where that can be had."""
+    tuned, recipe = load(run, workspace=workspace), run.recipe
+    in_place = recipe.method.keeps_base and recipe.method.stored_in is None  # what counts is the base as it came
+    in_place = in_place and not recipe.objective.num_new_tokens  # and as it reads
+    base = tuned.model if in_place else load_model(recipe.base, device=str(tuned.model.device))
+    switched = (lambda: tuned.method.disabled(tuned.model)) if base is tuned.model else contextlib.nullcontext
+    own = template_of(base, recipe, run=run.path) if recipe.objective.num_new_tokens else None
+    return tuned, System("base", base, switched, template=own, answered=Answered(workspace.cache / "answers", base))
 
 
 def _general_rows(path: str, *, model: Model) -> list[Example]:

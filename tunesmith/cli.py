@@ -250,6 +250,37 @@ def curve(
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="a run, or a base: starter, a folder, a hub name")],
+    file: Annotated[
+        list[Path] | None, typer.Option("--file", help="minimal pairs, last words or multiple choice; again for more")
+    ] = None,
+    harness: Annotated[
+        str | None, typer.Option("--harness", help="tasks of lm-evaluation-harness, separated by commas")
+    ] = None,
+    include: Annotated[Path | None, typer.Option("--include", help="folder with task files for the harness")] = None,
+    rows: Annotated[int | None, typer.Option("--rows", min=2, help="items of each benchmark at most")] = None,
+    workspace: WorkspaceOption = None,
+    as_json: Json = False,
+) -> None:
+    """A run and its base, or one model, on benchmarks."""
+    from tunesmith.bench import bench as run_bench
+    from tunesmith.texts import bench_text
+
+    tasks = [name.strip() for name in (harness or "").split(",") if name.strip()]
+    document = run_bench(
+        model,
+        files=file or [],
+        tasks=tasks,
+        include=include,
+        rows=rows,
+        workspace=_workspace(workspace),
+        on_progress=_say,
+    )
+    _show(document, as_json=as_json, text=lambda: bench_text(document))
+
+
+@app.command()
 def advise(
     run: Annotated[str, typer.Argument(help="a run, or the recipe of a finished one")],
     rows: Annotated[int | None, typer.Option("--rows", min=2, help="at most this many rows")] = None,

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from tunesmith.evaluate.statistics import decimals, p_text
 from tunesmith.evaluate.texts import ALSO_CHOSE
 from tunesmith.registry.compare import aligned
@@ -77,6 +79,37 @@ def evaluation_text(document: dict[str, Any]) -> str:
             rules.append(["yes" if rule["passed"] else "NO", rule["metric"], rule["rule"], rule["because"]])
         parts += ["", aligned(rules), f"the gate {'lets it pass' if gate['passed'] else 'says no'}"]
     return "\n".join(parts)
+
+
+def bench_text(document: dict[str, Any]) -> str:
+    """Each benchmark: its metrics with intervals, the difference where there are two systems, and its groups."""
+    parts = []
+    for entry in document["benchmarks"]:
+        table = [["", *document["systems"], *(["difference"] if len(document["systems"]) > 1 else [])]]
+        for name, metric in entry["metrics"].items():
+            cells = [_bench_cell(metric["systems"][system]) for system in document["systems"]]
+            found = metric.get("differences", {}).get("tuned - base")
+            cells.append("" if found is None else f"{_bench_cell(found)}, {p_text(found['p'])}")
+            table.append([name, *cells][: len(table[0])])
+        parts += [f"{entry['name']}: {entry['kind'].replace('_', ' ')}, {entry['rows']:,} items", aligned(table)]
+        if entry["groups"]:
+            groups = [["group", *document["systems"]]]
+            for name, by_system in entry["groups"].items():
+                groups.append([name, *(f"{by_system[system]:.3f}" for system in document["systems"])])
+            means = [np.mean([by[system] for by in entry["groups"].values()]) for system in document["systems"]]
+            groups.append(["mean of groups", *(f"{mean:.3f}" for mean in means)])
+            parts += ["", aligned(groups)]
+        parts.append("")
+    return "\n".join(parts).rstrip()
+
+
+def _bench_cell(score: dict[str, float]) -> str:
+    """A value with its interval, where it has one."""
+    if "low" not in score:
+        return f"{score['value']:.4g}"
+    places = decimals(score["high"] - score["low"])
+    value, low, high = (f"{score[key]:.{places}f}" for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
 
 
 def prediction_text(result: dict[str, Any]) -> str:

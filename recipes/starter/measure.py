@@ -15,7 +15,7 @@ from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example, Origin
 from tunesmith.models.load import load_model
 from tunesmith.objectives.causal import Causal
-from tunesmith.tasks import minimal_pairs
+from tunesmith.tasks.likelihood import at_most, read_items, score
 from tunesmith.train.passes import forward
 
 
@@ -41,25 +41,21 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, help="only the first pairs of each paradigm")
     arguments = parser.parse_args()
     texts = [json.loads(line)["text"] for line in arguments.heldout.open(encoding="utf-8")]
-    pairs = minimal_pairs.read_pairs(arguments.blimp)
+    items = read_items(arguments.blimp)
     if arguments.pairs:
-        seen: dict[str, int] = {}
-        kept = []
-        for pair in pairs:
-            seen[pair.paradigm] = seen.get(pair.paradigm, 0) + 1
-            if seen[pair.paradigm] <= arguments.pairs:
-                kept.append(pair)
-        pairs = kept
+        items = at_most(items, rows=arguments.pairs * len({item.group for item in items}))
     found = {}
     for name in arguments.models:
         model = load_model(name)
         model.causal.eval()
-        scored = minimal_pairs.score(model, pairs=pairs)
+        right_B = score(model, items=items).right_B
+        groups = sorted({item.group for item in items})
+        paradigms = {g: float(right_B[[item.group == g for item in items]].mean()) for g in groups}
         found[name] = {
             "parameters": model.num_parameters(),
             "bits_per_byte": round(bits_per_byte(model, texts), 4),
-            "blimp": round(scored.accuracy, 4),
-            "blimp_paradigms": {k: round(v, 3) for k, v in scored.paradigms.items()},
+            "blimp": round(sum(paradigms.values()) / len(paradigms), 4),
+            "blimp_paradigms": {k: round(v, 3) for k, v in paradigms.items()},
         }
     print(json.dumps(found, indent=1))
 

@@ -40,7 +40,7 @@ from tunesmith.models.base import (
 from tunesmith.models.encoder_decoder import PairAttention
 from tunesmith.models.extended import ExtendedEmbedding
 from tunesmith.models.quantised import QuantisedLinear
-from tunesmith.models.readout import target_logprobs
+from tunesmith.models.readout import target_logprobs, target_scores
 from tunesmith.models.virtual import NAME, Virtual, VirtualTokens
 
 DROPOUTS = (
@@ -215,6 +215,19 @@ class Model:
                 logprob_N = self.target_logprobs(pack).double().cpu().numpy()
                 np.add.at(total_B, pack.rows_S[pack.sequence_N], logprob_N)
         return total_B
+
+    def row_scores(self, sequences: list[Sequence], *, num_rows: int, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `row_logprobs`, and whether every target of a row [B] is the token that the model finds likeliest."""
+        total_B, best_B = np.zeros(num_rows), np.ones(num_rows, dtype=bool)
+        with torch.no_grad():
+            for pack in build_packs(sequences, max_tokens=max_tokens, min_shared=MIN_SHARED_TOKENS):
+                target_N = torch.from_numpy(pack.target_N).to(self.device)
+                found = target_scores(self.hidden_at(pack), head=self.head, target_N=target_N, softcap=self.softcap)
+                logprob_N, likeliest_N = (part.cpu().numpy() for part in found)
+                rows_N = pack.rows_S[pack.sequence_N]
+                np.add.at(total_B, rows_N, logprob_N.astype(np.float64))
+                np.logical_and.at(best_B, rows_N, likeliest_N)
+        return total_B, best_B
 
     def outputs_at(self, pack: Pack, *, hidden_TD: Tensor | None = None) -> Tensor:
         """What the objective's head gives [N, K] at each token that is read, in float32 at least; gradients flow."""

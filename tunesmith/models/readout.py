@@ -175,6 +175,19 @@ def target_divergences(
     return torch.cat(parts) if parts else hidden_ND.new_zeros(0)
 
 
+def target_scores(
+    hidden_ND: Tensor, *, head: torch.nn.Linear, target_N: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probability [N] of each target and whether no other token is likelier [N], without gradients."""
+    logprobs, likeliest = [hidden_ND.new_zeros(0)], [target_N.new_zeros(0, dtype=torch.bool)]
+    for rows in _chunks(len(target_N), head.out_features):
+        logits_CV = head_logits(hidden_ND[rows], head=head, softcap=softcap)
+        target_C = target_N[rows].long()
+        logprobs.append(logits_CV.log_softmax(-1).gather(1, target_C[:, None])[:, 0])
+        likeliest.append(logits_CV.argmax(-1) == target_C)
+    return torch.cat(logprobs), torch.cat(likeliest)
+
+
 def head_logits(hidden_ND: Tensor, *, head: torch.nn.Linear, softcap: float | None = None) -> Tensor:
     """Logits [N, V] in float32 of a few positions, for generation."""
     weights, biases = _blocks(head)
