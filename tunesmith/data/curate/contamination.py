@@ -49,7 +49,7 @@ class Contamination:
     """Looks for the items of benchmark files in training rows.
 
     files: whatever `data.train` may name; settings: how their rows are read; of a row that this fits not, all texts are
-    taken. Raises NotFoundError and DataError as `read_rows` does. Memory is 32 bytes a word of the benchmarks.
+    taken. Raises NotFoundError and DataError as `read_rows` does. Memory is 64 bytes a word of the benchmarks at most.
     """
 
     name = "contamination"

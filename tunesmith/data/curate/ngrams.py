@@ -96,7 +96,7 @@ class Index:
     """The word n-grams of many texts, each a sorted 64-bit hash with the number of its text and its first word there.
 
     Texts are added in order; `close` sorts. `every_place`: a gram is kept once for each text that has it, and otherwise
-    in the first text alone. Memory is 24 to 32 bytes a gram, and twice that while it is closed.
+    in the first text alone. Memory is 24 to 32 bytes a gram, and 64 while `close` sorts.
     """
 
     def __init__(self, *, size: int, every_place: bool = True):

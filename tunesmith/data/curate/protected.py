@@ -82,7 +82,7 @@ class Protected:
     """Looks for licences in rows, and for passages of the texts in a folder.
 
     folder: a folder or a file, None for the licences alone; rows of .jsonl, .csv and the like are texts of their own, any
-    other file in UTF-8 is one text. Raises NotFoundError where there is none. Memory is 32 bytes a word of the folder.
+    other file in UTF-8 is one text. Raises NotFoundError where there is none. Memory is at most 64 bytes a word of them.
     """
 
     name = "protected"
