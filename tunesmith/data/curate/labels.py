@@ -1,4 +1,4 @@
-"""Answers that are labels: one class only, a class with a single row, one label in two spellings."""
+"""Answers that are labels: one class only or nearly, classes with few rows, one label in two spellings."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +12,9 @@ MAX_LABEL_CHARACTERS = 64
 MAX_SPELLINGS = 1_000
 ROWS_A_LABEL = 3  # fewer rows a distinct answer on average, and the answers are not labels
 MIN_ROWS_FOR_RARE = 10
+MIN_ROWS_FOR_SHARES = 50
+MAX_CLASS_SHARE = 0.9
+MAX_CLASS_RATIO = 100
 
 
 @dataclass
@@ -49,11 +52,21 @@ class Labels:
         if answer != label.spelling and len(self._spellings) < MAX_SPELLINGS:
             self._spellings.append((answer, origin))
 
+    @property
+    def are_labels(self) -> bool:
+        """Whether the answers so far are labels."""
+        if self._given_up or self.num_rows < 2:
+            return False
+        return self.certain or len(self._labels) * ROWS_A_LABEL <= self.num_rows
+
+    @property
+    def may_be_labels(self) -> bool:
+        """Whether no answer so far rules it out."""
+        return not self._given_up
+
     def problems(self) -> Iterator[Problem]:
         """What is odd about the labels; nothing where the answers are no labels."""
-        if self._given_up or self.num_rows < 2:
-            return
-        if not self.certain and len(self._labels) * ROWS_A_LABEL > self.num_rows:
+        if not self.are_labels:
             return
         for answer, origin in self._spellings:
             first = self._labels[normalise(answer)]
@@ -72,3 +85,22 @@ class Labels:
                 if label.num_rows == 1:
                     message = f"the class {label.spelling!r} has a single row: it cannot be both trained and tested"
                     yield Problem("imbalance", "warning", *label.origin, message=message, hint="add rows of this class")
+            yield from self._uneven()
+
+    def _uneven(self) -> Iterator[Problem]:
+        """One class that nearly all rows have, or one that is a hundred times as large as another."""
+        most = max(self._labels.values(), key=lambda label: label.num_rows)
+        least = min(self._labels.values(), key=lambda label: (label.num_rows == 1, label.num_rows))
+        hint = "add rows of the small classes, and compare by macro_f1"
+        if self.num_rows >= MIN_ROWS_FOR_SHARES and most.num_rows > MAX_CLASS_SHARE * self.num_rows:
+            message = (
+                f"{most.num_rows / self.num_rows:.1%} of the rows have the class {most.spelling!r}: always answering it"
+                " is right as often"
+            )
+            yield Problem("imbalance", "warning", *most.origin, message=message, hint=hint)
+        elif 1 < least.num_rows < most.num_rows / MAX_CLASS_RATIO:
+            message = (
+                f"the class {least.spelling!r} has {least.num_rows:,} rows, {most.spelling!r} has {most.num_rows:,}:"
+                f" {most.num_rows / least.num_rows:,.0f} times as many"
+            )
+            yield Problem("imbalance", "warning", *least.origin, message=message, other=most.origin, hint=hint)
