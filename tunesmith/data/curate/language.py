@@ -20,7 +20,7 @@ from tunesmith.errors import MissingExtraError
 
 MIN_LETTERS = 40
 MIN_PROBABILITY = 0.8
-MAIN_SHARE = 0.05
+MAIN_SHARE, MIN_MAIN_ROWS = 0.05, 3
 MAX_CHARACTERS = 300
 UNKNOWN = 255
 
@@ -74,9 +74,7 @@ class Language:
 
     def look(self, example: Example) -> Iterator[Problem]:
         """Note the languages; a row alone says nothing."""
-        prompt, answer = example.plain_text or "", ""
-        for prompt, answer in answers(example):  # noqa: B007  (the last of them)
-            pass
+        prompt, answer = [(example.plain_text or "", ""), *answers(example)][-1]
         self._places.add(example.origin)
         self._asked.append(self._language(prompt))
         self._answered.append(self._language(answer))
@@ -89,11 +87,12 @@ class Language:
         num_both = sum(number for pair, number in pairs.items() if UNKNOWN not in pair)
         languages = Counter(self._row_language(*pair) for pair in pairs.elements())
         del languages[UNKNOWN]
-        main = {number for number, rows in languages.items() if rows >= MAIN_SHARE * languages.total()}
+        least = max(MAIN_SHARE * languages.total(), MIN_MAIN_ROWS)
+        main = {number for place, (number, rows) in enumerate(languages.most_common()) if rows > least or not place}
         names = " and ".join(LANGUAGES[CODES[number]] for number in sorted(main))
         for row, pair in enumerate(zip(self._asked, self._answered, strict=True)):
             if UNKNOWN not in pair and pair[0] != pair[1]:
-                if not self._may_differ[row] and pairs[pair] < max(MAIN_SHARE * num_both, 2):
+                if not self._may_differ[row] and pairs[pair] <= max(MAIN_SHARE * num_both, MIN_MAIN_ROWS):
                     asked, answered = (LANGUAGES[CODES[number]] for number in pair)
                     message = f"the prompt is in {asked}, the answer in {answered}"
                     yield self._problem(row, message=message, hint="answer in the language of the prompt")

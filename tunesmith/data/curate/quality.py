@@ -25,10 +25,10 @@ from tunesmith.data.ledger import Problem
 from tunesmith.data.types import Example
 
 MAX_UNFINISHED_SHARE = 0.1  # where more answers end so, it is how the file is written
-MAX_MARKUP_SHARE = 0.02
+MAX_MARKUP_SHARE = 0.1
 MIN_ROWS_FOR_LENGTHS = 50
 MAX_LENGTH_SCORE, MIN_DEVIATION = 6.0, 0.4
-MIN_ECHO_CHARACTERS, MIN_ECHO_SHARE = 40, 0.7
+MIN_ECHO_CHARACTERS, MIN_ECHO_SHARE, MIN_SHARED_WORDS_SHARE = 40, 0.7, 0.9
 MIN_REPEATED_SHARE, MIN_REPEATED_TIMES, MIN_REPEATED_CHARACTERS = 0.3, 3, 60
 MIN_REPEATED_GRAMS_SHARE, MIN_GRAMS = 0.5, 40
 MIN_LOOP_WORDS = 7
@@ -64,11 +64,14 @@ REFUSAL = re.compile(
     rf"\s*(?P<phrase>{SORRY}[,.!]? (?:but )?(?:as {MACHINE}, )?i ?{CANNOT} {HELPING}"
     rf"|i ?{CANNOT} {HELPING} (?:you )?(?:with |to )?(?:that|this|such|your|any)\b(?: request)?"
     rf"|(?:[^.!?\n]{{0,60}}[,.!] )?as {MACHINE}"
+    rf"|i (?:must|have to|will have to) (?:\w+ )?(?:decline|refuse)"
+    rf"|[\w ,]{{2,60}} against my (?:guidelines|programming|policy)"
     rf"|(?:[^.!?\n]{{0,20}}[,.!] )?(?:i['’]?m|i am) (?:just |only )?{MACHINE})",
     re.IGNORECASE,
 )
 REFUSAL_SIGNS = re.compile(
-    r"sorry|apolog|unfortunately|\bai\b|language model|artificial|n['’]?t\b|cannot|can not|will not|unable|not able",
+    r"sorry|apolog|unfortunately|\bai\b|language model|artificial|n['’]?t\b|cannot|can not|will not|unable|not able"
+    r"|decline|refuse|against my",
     re.IGNORECASE,
 )
 
@@ -203,8 +206,8 @@ def cut_off(answer: str) -> Finding | None:
             rest = text[error.pos :]
             if error.msg.startswith("Unterminated string") or re.fullmatch(r"[\s,:\[{]*[\w.+-]{0,4}", rest):
                 return "the answer is cut off: JSON that does not end", hint
-        except RecursionError:
-            pass
+        except (RecursionError, ValueError):  # nested too deep, or a number too long, to be read
+            return None
     elif _open_bracket(text[-400:]):
         return f"the answer is cut off: a bracket is opened and not closed at its end: {quoted(text[-50:])}", hint
     return None
@@ -250,12 +253,15 @@ def refusal(answer: str) -> Finding | None:
 
 
 def echo(prompt: str, *, answer: str) -> Finding | None:
-    """An answer that is a long verbatim copy of the prompt, or begins with one and adds little."""
+    """An answer that is a long copy of the prompt, but for a tenth of its words, or holds one and adds little."""
     short, long = sorted((prompt, answer), key=len)
-    if len(short) < MIN_ECHO_CHARACTERS or len(short) < 0.5 * len(long) or len(long) > MAX_LOOKED_AT_CHARACTERS:
+    if not max(MIN_ECHO_CHARACTERS, 0.5 * len(long)) <= len(short) <= len(long) <= MAX_LOOKED_AT_CHARACTERS:
         return None
-    short, long = (" ".join(text.casefold().split()).rstrip(" .?!:") for text in (short, long))
-    if short in long and len(short) >= MIN_ECHO_SHARE * len(long):
+    words, more_words = short.casefold().split(), long.casefold().split()
+    num_shared = (Counter(words) & Counter(more_words)).total()
+    text, more_text = (" ".join(each).rstrip(" .?!:") for each in (words, more_words))
+    nearly = num_shared >= MIN_SHARED_WORDS_SHARE * len(more_words)
+    if nearly or (text in more_text and len(text) >= MIN_ECHO_SHARE * len(more_text)):
         return "the answer repeats the question and adds little", "write an answer, or leave the row out"
     return None
 

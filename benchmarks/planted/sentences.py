@@ -1,0 +1,130 @@
+"""Sentences for the planted corpora: replies to customers, refusals, and the same few thoughts in many languages."""
+
+SLOTS = {
+    "part": ["battery", "cable", "sensor", "housing", "antenna", "display", "lid", "screw"],
+    "day": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday"],
+    "number": ["two", "three", "four", "six", "ten"],
+    "place": ["shed", "garden", "office", "warehouse", "greenhouse"],
+}
+SENTENCES = [
+    "Thank you for writing to us about the {part} of your sensor.",
+    "We have looked at the readings from your {place} and found a gap of {number} hours.",
+    "Please take out the {part}, wait for {number} minutes and put it back.",
+    "A colleague will call you on {day} and go through the steps with you.",
+    "The parcel left our {place} on {day} and should be with you within {number} days.",
+    "If the light stays red after that, send us a photo of the {part} and we will replace it.",
+    "Your invoice for {day} was wrong because the discount had been left out.",
+    "We have refunded the difference, and it will be on your account by {day}.",
+    "The app shows old values until it has been opened {number} times in a row.",
+    "You can move the device to the {place} without losing any of your records.",
+    "Our manual describes this on the page about the {part} and its seal.",
+    "It is best to do that on a dry day, as the {part} does not like water.",
+    "There are {number} ways to set the alarm, and the second one suits a {place} best.",
+    "The import stops at empty lines, so remove these and start it again on {day}.",
+    "We are sorry that it took {number} days to answer your question about the {part}.",
+]
+ADDITIONS = ["Indeed.", "Thank you!", "That is all.", "OK"]
+REFUSALS = {
+    "easy": [
+        "I'm sorry, but I can't assist with that request.",
+        "As an AI language model, I cannot give advice on this topic.",
+        "I cannot help with that.",
+        "I apologize, but I am unable to provide that information.",
+        "Sorry, but I can't help with this.",
+    ],
+    "medium": [
+        "Unfortunately, I'm not able to answer questions about orders.",
+        "I am just an AI, so I have no opinion of my own. Ask somebody else.",
+        "Thanks for asking! As a large language model, I have no access to parcels.",
+        "I’m very sorry, but I won’t write that kind of reply.",
+        "My apologies, but as an AI I cannot discuss invoices.",
+        "I can't provide that kind of information to customers.",
+    ],
+    "hard": [
+        "That is not something I can help with.",
+        "It would be inappropriate for me to reply to this.",
+        "This request goes against my guidelines.",
+        "I must decline to answer that question.",
+        "I don't feel comfortable talking about refunds.",
+        "No comment on that, I was trained by others not to say.",
+    ],
+}
+LANGUAGES = {
+    "en": [
+        "The sensor in the garden has not sent a single value since yesterday evening.",
+        "Please check first whether the battery still has enough power for the winter.",
+        "We will send you a new device by post before the end of next week.",
+        "My last invoice was twice as high as the one that I received in spring.",
+        "You can change the address of delivery in the settings of your account.",
+    ],
+    "de": [
+        "Der Sensor im Garten hat seit gestern Abend keinen einzigen Wert mehr gesendet.",
+        "Bitte prüfen Sie zuerst, ob die Batterie noch genug Strom für den Winter hat.",
+        "Wir schicken Ihnen bis Ende nächster Woche ein neues Gerät mit der Post.",
+        "Meine letzte Rechnung war doppelt so hoch wie die, die ich im Frühjahr bekam.",
+        "Sie können die Lieferadresse in den Einstellungen Ihres Kontos ändern.",
+    ],
+    "fr": [
+        "Le capteur du jardin n'a pas envoyé une seule valeur depuis hier soir.",
+        "Vérifiez d'abord si la pile a encore assez d'énergie pour passer l'hiver.",
+        "Nous vous enverrons un nouvel appareil par la poste avant la fin de la semaine.",
+        "Ma dernière facture était deux fois plus élevée que celle du printemps.",
+        "Vous pouvez changer l'adresse de livraison dans les réglages de votre compte.",
+    ],
+    "es": [
+        "El sensor del jardín no ha enviado ningún valor desde ayer por la noche.",
+        "Compruebe primero si la batería todavía tiene bastante energía para el invierno.",
+        "Le enviaremos un aparato nuevo por correo antes de que acabe la semana.",
+        "Mi última factura era el doble de alta que la que recibí en primavera.",
+        "Puede cambiar la dirección de entrega en los ajustes de su cuenta.",
+    ],
+    "pt": [
+        "O sensor do jardim não enviou um único valor desde ontem à noite.",
+        "Verifique primeiro se a bateria ainda tem energia suficiente para o inverno.",
+        "Enviaremos um aparelho novo pelo correio antes do fim da próxima semana.",
+        "A minha última fatura foi duas vezes mais alta do que a que recebi na primavera.",
+        "Pode mudar o endereço de entrega nas definições da sua conta.",
+    ],
+    "ca": [
+        "El sensor del jardí no ha enviat cap valor des d'ahir al vespre.",
+        "Comproveu primer si la bateria encara té prou energia per a l'hivern.",
+        "Us enviarem un aparell nou per correu abans que s'acabi la setmana vinent.",
+        "La meva última factura era el doble d'alta que la que vaig rebre a la primavera.",
+        "Podeu canviar l'adreça de lliurament a la configuració del vostre compte.",
+    ],
+    "it": [
+        "Il sensore in giardino non ha inviato nemmeno un valore da ieri sera.",
+        "Controlli prima se la batteria ha ancora abbastanza energia per l'inverno.",
+        "Le spediremo un nuovo apparecchio per posta entro la fine della settimana.",
+        "La mia ultima fattura era il doppio di quella che ho ricevuto in primavera.",
+        "Può cambiare l'indirizzo di consegna nelle impostazioni del suo conto.",
+    ],
+    "nl": [
+        "De sensor in de tuin heeft sinds gisteravond geen enkele waarde meer gestuurd.",
+        "Kijk eerst of de batterij nog genoeg stroom heeft voor de winter.",
+        "We sturen u voor het einde van volgende week een nieuw apparaat met de post.",
+        "Mijn laatste rekening was twee keer zo hoog als die van het voorjaar.",
+        "U kunt het bezorgadres veranderen in de instellingen van uw account.",
+    ],
+    "sv": [
+        "Givaren i trädgården har inte skickat ett enda värde sedan i går kväll.",
+        "Kontrollera först om batteriet fortfarande räcker över vintern.",
+        "Vi skickar en ny apparat med posten före slutet av nästa vecka.",
+        "Min senaste faktura var dubbelt så hög som den jag fick i våras.",
+        "Du kan ändra leveransadressen i inställningarna för ditt konto.",
+    ],
+    "pl": [
+        "Czujnik w ogrodzie od wczoraj wieczorem nie wysłał ani jednej wartości.",
+        "Proszę najpierw sprawdzić, czy bateria wystarczy jeszcze na całą zimę.",
+        "Wyślemy nowe urządzenie pocztą przed końcem przyszłego tygodnia.",
+        "Moja ostatnia faktura była dwa razy wyższa niż ta, którą dostałem wiosną.",
+        "Adres dostawy można zmienić w ustawieniach swojego konta.",
+    ],
+    "ru": [
+        "Датчик в саду со вчерашнего вечера не прислал ни одного значения.",
+        "Сначала проверьте, хватит ли батареи ещё на одну зиму.",
+        "Мы отправим вам новый прибор почтой до конца следующей недели.",
+        "Мой последний счёт был вдвое больше того, что я получил весной.",
+        "Адрес доставки можно изменить в настройках вашей учётной записи.",
+    ],
+}
