@@ -221,13 +221,20 @@ def _languages(random: np.random.Generator) -> Iterator[Planted]:
 
     def near(pair: Pair, random: np.random.Generator) -> Pair:
         code = str(random.choice(["pt", "ca", "it"]))
-        return some(code, 1), some(code, 1)
+        return _beginning(some(code, 1)), _beginning(some(code, 1))
 
     english = [(some("en", 1), some("en", 2)) for _ in range(NUM_ROWS)]
     spanish = [(some("es", 1), some("es", 2)) for _ in range(NUM_ROWS)]
     for grade, pairs, defect in (("easy", english, far), ("medium", english, answer_only), ("hard", spanish, near)):
         corpus = _plant(grade, pairs, defect, random=random)
         yield Planted("language", grade, corpus.rows, corpus.expected)
+
+
+def _beginning(text: str) -> str:
+    """The first words with forty letters or a few more."""
+    words = text.split()
+    letters = np.cumsum([sum(map(str.isalpha, word)) for word in words])
+    return " ".join(words[: int(np.searchsorted(letters, 40)) + 1])
 
 
 # ------------------------------------------------------------------------------------------------- labels

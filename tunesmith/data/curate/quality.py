@@ -78,7 +78,7 @@ REFUSAL_SIGNS = re.compile(
 # UTF-8 read as Windows-1252 or Latin-1: a lead byte's letter, then the signs of its continuation bytes.
 _CONTINUATION = "[\x80-\xbf" + bytes(range(0x80, 0xA0)).decode("cp1252", "ignore") + "]"
 MOJIBAKE = re.compile(
-    rf"[ÂÃ]{_CONTINUATION}|(?:[ÄÅÐÑØÙ]{_CONTINUATION}){{2}}|(?:[ä-éïà]{_CONTINUATION}{{2}}){{2}}"
+    rf"[ÂÃ]{_CONTINUATION}|[ÄÅÐÑØÙ](?![\xa0‘’“”–—…«»]){_CONTINUATION}|(?:[ä-éïà]{_CONTINUATION}{{2}}){{2}}"
     rf"|â[€\x80„ˆ†œž]{_CONTINUATION}|ã[€‚ƒ\x80-\x83]{_CONTINUATION}|ð[Ÿ\x9f]{_CONTINUATION}{{2}}|ï[»¿]{_CONTINUATION}"
 )
 MARKUP = re.compile(
