@@ -2,6 +2,7 @@
 
 import pytest
 
+from tunesmith.data.curate.base import quoted
 from tunesmith.data.curate.quality import (
     Quality,
     cut_off,
@@ -229,6 +230,15 @@ def test_messages_quote_little_and_name_each_finding_once():
     assert len(problems) == 2
     assert all(problem.origin == Origin("rows.jsonl", 5) and problem.severity == "warning" for problem in problems)
     assert all(len(problem.message) < 150 for problem in problems)
+
+
+def test_quotations_hold_no_personal_data():
+    answers = [REPLY] * 30
+    answers[4] = f"{REPLY} If that is not enough please write to jane.doe@example.com and"
+    (problem,) = check([example(answer, line=line) for line, answer in enumerate(answers, start=1)])
+    assert "[EMAIL_1] and" in problem.message
+    assert "doe" not in problem.message
+    assert len(quoted("word " * 100)) == len(quoted("word " * 100, end=True)) == 62  # 60 and the quotation marks
 
 
 def test_turns_that_are_not_trained_are_not_judged():

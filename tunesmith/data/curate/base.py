@@ -7,10 +7,12 @@ from array import array
 from collections.abc import Iterator
 from typing import Protocol
 
+from tunesmith.data.curate.masking import Masker
 from tunesmith.data.ledger import Problem
 from tunesmith.data.types import Example, Origin
 
 MAX_QUOTE_CHARACTERS = 60
+MAX_MASKED_CHARACTERS = 400  # more than is quoted, so that no value is cut in two and missed
 
 
 class Check(Protocol):
@@ -56,7 +58,11 @@ def answers(example: Example) -> Iterator[tuple[str, str]]:
             yield prompt, message.content
 
 
-def quoted(text: str) -> str:
-    """At most 60 characters of a text on one line, for a message."""
-    line = " ".join(text[:200].split())
-    return repr(line if len(line) <= MAX_QUOTE_CHARACTERS else line[: MAX_QUOTE_CHARACTERS - 4] + " ...")
+def quoted(text: str, *, end: bool = False) -> str:
+    """At most 60 characters of a text's beginning, or `end`, on one line, without personal data: for a message."""
+    part = text[-MAX_MASKED_CHARACTERS:] if end else text[:MAX_MASKED_CHARACTERS]
+    line = " ".join(Masker().text(part).split())
+    if len(line) > MAX_QUOTE_CHARACTERS:
+        kept = MAX_QUOTE_CHARACTERS - 4
+        line = f"... {line[-kept:]}" if end else f"{line[:kept]} ..."
+    return repr(line)

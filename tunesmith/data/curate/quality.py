@@ -142,7 +142,7 @@ class Quality:
         finished = is_finished(answer)
         self._unfinished.num_judged += finished is not None
         if finished is False:
-            end = quoted(answer.rstrip()[-50:])
+            end = quoted(answer.rstrip(), end=True)
             message = f"the answer ends in the middle of a sentence: {end}"
             self._unfinished.held.append(
                 _warning(example, message=message, hint="write it to its end, or leave it out")
@@ -187,7 +187,7 @@ def encoding_damage(text: str) -> Finding | None:
         return "U+FFFD stands where a character was lost when the text was converted", hint
     if found := MOJIBAKE.search(text):
         return (
-            f"UTF-8 was read in another encoding: {quoted(text[max(0, found.start() - 12) : found.end() + 12])}",
+            f"UTF-8 was read in another encoding: {quoted(found[0])}",
             hint,
         )
     return None
@@ -209,7 +209,7 @@ def cut_off(answer: str) -> Finding | None:
         except (RecursionError, ValueError):  # nested too deep, or a number too long, to be read
             return None
     elif _open_bracket(text[-400:]):
-        return f"the answer is cut off: a bracket is opened and not closed at its end: {quoted(text[-50:])}", hint
+        return f"the answer is cut off: a bracket is opened and not closed at its end: {quoted(text, end=True)}", hint
     return None
 
 
