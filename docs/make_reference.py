@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from tunesmith.data.settings import DataSettings
+from tunesmith.data.settings import DataSettings, SelectSettings
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.methods import METHODS
@@ -83,6 +83,7 @@ def render() -> str:
         _section("The recipe itself", Recipe),
         _section("`base`, as a section", NewBase, about="A model made from a configuration, for `method: full`."),
         _section("`data`", DataSettings),
+        _section("`data.select`", SelectSettings, level=3),
         *_kinds("objective", OBJECTIVES, about=lambda kind: kind.summary),
         *_kinds("method", METHODS, about=lambda kind: f"{kind.summary}; learning rate {_rate(kind)} by default"),
         _section("`train`", TrainSettings),

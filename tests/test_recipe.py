@@ -132,6 +132,12 @@ BROKEN = {
         ["'data.epochs'"],
         ["'epochs' belongs into the section 'train'"],
     ),
+    "an unknown setting of a section in a section": (
+        "data:\n  train: a\n  select: {keep: 500, bye: random}",
+        3,
+        ["'data.select.bye'"],
+        ["'data.select.by'"],
+    ),
     "nothing like it": ("data: {train: a}\ntrain: {zzzzzz: 1}", 2, ["'train.zzzzzz'"], ["epochs", "learning_rate"]),
     "a setting of another method": (
         "data: {train: a}\nmethod:\n  kind: full\n  rank: 8",

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from tunesmith.data.settings import DataSettings
+from tunesmith.data.settings import DataSettings, SelectSettings
 from tunesmith.errors import NotFoundError, RecipeError
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.methods import METHODS, AnyMethod
@@ -234,6 +234,7 @@ def _unknown(path: list[str], value: Any) -> tuple[str, str]:
     *parents, key = path
     models: dict[str, type[BaseModel]] = {
         "data": DataSettings, "train": TrainSettings, "evaluate": EvaluateSettings, "plan": PlanSettings,
+        "data.select": SelectSettings,
     }  # fmt: skip
     model: type[BaseModel] = Recipe
     if parents:
@@ -251,7 +252,7 @@ def _unknown(path: list[str], value: Any) -> tuple[str, str]:
                     f"leave it out, or use {section}: {{kind: {owners[0]}}}",
                 )
         else:
-            model = models.get(section, NewBase)
+            model = models.get(".".join(parents), models.get(section, NewBase))
     names = list(model.model_fields)
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     elsewhere = [s for s, m in models.items() if key in m.model_fields]

@@ -255,6 +255,41 @@ def sides(make: Make, pairs: list[tuple[str, str]]) -> dict[str, set[str]]:
     return {name: set(texts) for name, texts in found.items()}
 
 
+@pytest.mark.parametrize("by", ["random", "diversity", "quality", "quality+diversity"])
+def test_rows_that_are_not_selected_are_counted_and_held_out_rows_are_not_touched(make, by):
+    rows = [row(f"question {i} of {i % 7}", f"answer {i}") for i in range(120)]
+    whole = make(rows, **SHARES)
+    prepared = make(rows, **SHARES, select={"keep": 20, "by": by})
+    counts = states(prepared)
+    assert counts["trained"] == len(prepared.train) == len(list(prepared.examples("train"))) == 20
+    assert sum(counts.values()) == 120
+    assert prepared.ledger["reasons"] == {"dropped": {"not selected": states(whole)["trained"] - 20}}
+    assert set(prompts(prepared, "train")) < set(prompts(whole, "train"))
+    for name in ("validation", "test"):
+        assert list(prepared.examples(name)) == list(whole.examples(name))
+
+
+def test_rows_that_would_not_be_trained_are_no_candidates(make):
+    held = {"validation": 0.2, "max_tokens": 40}
+    dropping = {"duplicates": "drop", "personal": "drop", "too_long": "drop", "bad_rows": "drop", "train_share": 0.8}
+    rows: list[Any] = [row(f"q{i}") for i in range(60)]
+    rows += [*rows, row("x" * 50), row("write to jane@example.com"), {"prompt": "no answer"}]
+    counts = states(make(rows, **held, **dropping))
+    prepared = make(rows, **held, **dropping, select={"keep": counts["trained"] - 1, "by": "random"})
+    reasons = prepared.ledger["reasons"]
+    assert states(prepared) == counts | {"trained": counts["trained"] - 1, "dropped": counts["dropped"] + 1}
+    assert reasons["dropped"]["not selected"] == 1
+    assert {"personal_data", "too_long", "train_share"} < set(reasons["dropped"])
+    with pytest.raises(DataError, match=f"there are {counts['trained']} rows to choose from"):
+        make(rows, **held, **dropping, select={"keep": counts["trained"]})
+
+
+def test_rows_at_fault_are_told_before_there_is_too_little_to_select(make):
+    with pytest.raises(DataError) as caught:
+        make([row("a"), {"prompt": "b"}, row("c")], select={"keep": 5})
+    assert caught.value.line == 2
+
+
 @QUICK
 @given(pairs=QUESTIONS, more=QUESTIONS)
 def test_a_row_stays_on_its_side_whatever_is_added_and_no_prompt_stands_on_two(make, pairs, more):

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from tunesmith.data.settings import DataSettings
+from tunesmith.data.settings import DataSettings, SelectSettings
 
 
 def test_defaults_refuse_rather_than_lose():
@@ -80,3 +80,16 @@ def test_settings_are_frozen():
 def test_every_field_is_described():
     for name, field in DataSettings.model_fields.items():
         assert field.description, name
+
+
+@pytest.mark.parametrize("keep", [0, -3, 1, 1.0, 2.5, True, "many"])
+def test_what_is_no_number_of_rows_to_keep_is_refused(keep):
+    with pytest.raises(ValidationError, match=r"give|valid number"):
+        SelectSettings(keep=keep)
+
+
+@pytest.mark.parametrize(
+    ("keep", "rows", "kept"), [(2, 10, 2), (500, 10, 10), (0.25, 10, 2), (0.99, 10, 9), (0.01, 10, 1)]
+)
+def test_how_many_rows_are_kept(keep, rows, kept):
+    assert SelectSettings(keep=keep).num_kept(rows) == kept

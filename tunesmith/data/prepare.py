@@ -15,6 +15,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from tunesmith.data.curate.masking import masked
+from tunesmith.data.curate.select import select
 from tunesmith.data.formats import examine
 from tunesmith.data.general import draw_key, drawn_keys, parts
 from tunesmith.data.ledger import Ledger, Problem
@@ -214,24 +215,26 @@ class _Preparation:
     seen: dict[str, set[int]] = field(default_factory=dict)  # by side: 64 bits of each row's key
     longest: tuple[int, Origin] | None = None
     trained_weight: float = 0.0
+    selected: set[Origin] | None = None  # the training rows that `data.select` keeps
 
     def run(self) -> None:
+        if self.settings.select is not None:
+            first = _Preparation(
+                self.settings, self.objective, self.template, self.max_tokens, self.folder, lambda rows: None
+            )
+            self.selected = select(first.candidates(), settings=self.settings.select)
         (self.folder / "objective.json").write_text(json.dumps(self.objective.model_dump(mode="json")), "utf-8")
         sides = ("train", "validation", "test")
         writers = {name: TokenWriter(self.folder / name) for name in sides if name != "test"}
         texts = {name: (self.folder / f"{name}.jsonl").open("w", encoding="utf-8") for name in sides}
         try:
-            for name, sources in _sources(self.settings).items():
-                shares = self.settings.shares if name == "train" else {}
-                for batch in _batched(self._examples(sources, settings=self.settings), BATCH_ROWS):
-                    for example, where, sequences in self._rendered(batch, name=name, shares=shares):
-                        texts[where].write(_to_json(example) + "\n")
-                        if where in writers:
-                            for unit in self.objective.units(sequences):
-                                writers[where].add(unit, origin=example.origin)
-                        if where == "train":
-                            self.trained_weight += sum(float(s.weight_T.sum()) for s in sequences)
-                    self.on_rows(self.num_rows)
+            for example, where, sequences in self._rows():
+                texts[where].write(_to_json(example) + "\n")
+                if where in writers:
+                    for unit in self.objective.units(sequences):
+                        writers[where].add(unit, origin=example.origin)
+                if where == "train":
+                    self.trained_weight += sum(float(s.weight_T.sum()) for s in sequences)
             if self.settings.replay is not None:
                 self._replay(writers["train"], path=self.settings.replay)
         finally:
@@ -244,6 +247,21 @@ class _Preparation:
             self._group(TokenStore(self.folder / name), needed=name == "train")
         self.ledger.assert_complete(self.num_rows)
         (self.folder / "ledger.json").write_text(json.dumps(self.ledger.as_dict(), indent=1), "utf-8")
+
+    def candidates(self) -> Iterator[Example]:
+        """The rows that would be trained on without `data.select`; the errors of the others come first, as they would."""
+        for example, where, _ in self._rows():
+            if where == "train":
+                yield example
+        self._refuse_losses()
+
+    def _rows(self) -> Iterator[tuple[Example, str, list[Sequence]]]:
+        """The rows of all files that stay, with their side and sequences."""
+        for name, sources in _sources(self.settings).items():
+            shares = self.settings.shares if name == "train" else {}
+            for batch in _batched(self._examples(sources, settings=self.settings), BATCH_ROWS):
+                yield from self._rendered(batch, name=name, shares=shares)
+                self.on_rows(self.num_rows)
 
     def _replay(self, writer: TokenWriter, *, path: str) -> None:
         """General rows among the trained ones: `replay_share` of the units, each with the weight of a unit of the task."""
@@ -339,6 +357,38 @@ class _Preparation:
         else:
             self.ledger.record(example.origin, state="trained", reason=reason)
         return sequences
+            settled = self._settled(example, sequences, where=where, among=self.selected if where == "train" else None)
+            if settled is not None:
+                yield example, where, settled
+
+    def _settled(
+        self,
+        example: Example,
+        sequences: list[Sequence],
+        *,
+        where: str,
+        among: set[Origin] | None = None,
+        reason: str = "",
+    ) -> list[Sequence] | None:
+        """What is left of a row's sequences where it stays; either way it is entered in the ledger."""
+        fitted = self._fit(example, sequences)
+        if fitted is None:
+            return None
+        cut, sequences = fitted
+        if not any(s.num_targets for s in sequences):
+            message = "no token of this row would be trained"
+            self._refuse(Problem("empty_target", "error", *example.origin, message, hint="mend or drop the row"))
+            return None
+        if among is not None and example.origin not in among:
+            self.ledger.record(example.origin, state="dropped", reason="not selected")
+            return None
+        if where != "train":
+            self.ledger.record(example.origin, state=f"held_out_{where}")
+        elif cut:
+            self.ledger.record(example.origin, state="truncated", reason="too_long", tokens_cut=cut)
+        else:
+            self.ledger.record(example.origin, state="trained", reason=reason)
+        return sequences
 
     def _sequences(self, batch: list[Example]) -> Iterator[tuple[Example, list[Sequence] | None]]:
         """Render a batch at once; row by row only where one of them is refused."""
@@ -393,8 +443,8 @@ class _Preparation:
             return None
         return sum(s.num_tokens for s in sequences) - sum(s.num_tokens for s in kept), kept
 
-    def _settle(self, writers: dict[str, TokenWriter]) -> None:
-        """Refuse what may not be lost in silence."""
+    def _refuse_losses(self) -> None:
+        """Raise for the first row that may not be lost in silence."""
         too_long = self.ledger.reasons["bad"]["too_long"] if "bad" in self.ledger.reasons else 0
         if self.errors and (self.settings.bad_rows == "refuse" or too_long):
             first = next((p for p in self.errors if p.kind == "too_long"), self.errors[0])
@@ -405,6 +455,10 @@ class _Preparation:
             hint = first.hint if first.kind == "too_long" else f"{first.hint}; or set data.bad_rows: drop"
             error = TemplateError if first.kind == "template" else DataError
             raise error(first.message + more, file=first.file, line=first.line, hint=hint)
+
+    def _settle(self, writers: dict[str, TokenWriter]) -> None:
+        """Refuse what may not be lost in silence, and sides that are empty."""
+        self._refuse_losses()
         if writers["train"].num_units == 0:
             source = self.settings.train_paths[0]
             raise DataError(

@@ -11,6 +11,40 @@ MAPPING_KEYS = ("prompt", "completion", "system", "text", "label", "words", "tag
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 
+class SelectSettings(BaseModel):
+    """Fewer rows that stand for all (`data.select`): the others are left out and counted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    keep: float = Field(
+        description="How many training rows are kept: a whole number from 2, or a share between 0 and 1."
+    )
+    by: Literal["random", "diversity", "quality", "quality+diversity"] = Field(
+        default="quality+diversity",
+        description="Which rows: `diversity`, those that all rows are near to by their words; `quality`, those whose"
+        " answer is no refusal, not cut off, without repetition, in the usual script and of a usual length; both; or `random`"
+        " ones. Each class keeps its share of the rows, and one at least.",
+    )
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError("true and false are no numbers of rows; give one such as 500, or a share such as 0.1")
+        return value
+
+    @field_validator("keep")
+    @classmethod
+    def _check_number(cls, value: float) -> float:
+        if not 0 < value < 1 and not (value >= 2 and value == int(value)):
+            raise ValueError(f"{value:g} rows; give a whole number from 2, or a share between 0 and 1")
+        return value
+
+    def num_kept(self, num_rows: int) -> int:
+        """How many of so many rows are kept; as many as there are where `keep` is not below their number."""
+        return max(int(self.keep * num_rows), 1) if self.keep < 1 else min(int(self.keep), num_rows)
+
+
 class DataSettings(BaseModel):
     """What to read and how to treat it. Every default refuses rather than loses a row."""
 
@@ -42,6 +76,8 @@ class DataSettings(BaseModel):
         gt=0,
         lt=1,
         description="Which share of what is trained on comes from `replay`, in rows and in the weight they have.",
+    select: SelectSettings | None = Field(
+        default=None, description="Train on fewer rows, chosen to stand for all: the section below."
     )
     form: Form = Field(default="auto", description="The form of the rows; `auto` tells it from each row's columns.")
     mapping: dict[str, str] = Field(
