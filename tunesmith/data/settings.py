@@ -22,8 +22,8 @@ class SelectSettings(BaseModel):
     by: Literal["random", "diversity", "quality", "quality+diversity"] = Field(
         default="quality+diversity",
         description="Which rows: `diversity`, those that all rows are near to by their words; `quality`, those whose"
-        " answer is no refusal, not cut off, without repetition, in the usual script and of a usual length; both; or `random`"
-        " ones. Each class keeps its share of the rows, and one at least.",
+        " answer is no refusal, not cut off, without repetition, in the usual script and of a usual length; both; or"
+        " `random` ones. Each class keeps its share of the rows, and one at least.",
     )
 
     @field_validator("keep", mode="before")

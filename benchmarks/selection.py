@@ -1,11 +1,11 @@
 """Are rows that `data.select` chooses better than random ones? The same recipe on both, and on all rows.
 
-    python benchmarks/select.py --data ../shared/data/trec --label coarse --keep 500 --by quality+diversity --draws 5
-    python benchmarks/select.py --data ../shared/data/text2sql/geoquery --completion sql --prompt question --keep 100
+    python benchmarks/selection.py --data ../shared/data/trec --label coarse --keep 500 --by quality+diversity --draws 5
+    python benchmarks/selection.py --data ../shared/data/text2sql/geoquery --completion sql --prompt question --keep 100
 
-The chosen rows are one set, trained with as many seeds as there are random draws; each draw is trained with one seed, and all
-of them for as many steps. The interval of the difference of the means is Welch's, at 95 %: over the training seeds on one
-side, over draws and seeds on the other. `verdict` says `better` or `worse` where it excludes zero.
+The chosen rows are one set, trained with as many seeds as there are random draws; each draw is trained with one seed, and
+all of them for as many steps. The interval of the difference of the means is Welch's, at 95 %: over the training seeds on
+one side, over draws and seeds on the other. `verdict` says `better` or `worse` where it excludes zero.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--rows", type=int, default=500, help="test rows")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "select.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "selection.json")
     arguments = parser.parse_args()
     from tunesmith.evaluate.metrics import METRICS
 
