@@ -128,8 +128,7 @@ def main() -> int:
     difference = compared(
         scores["chosen"], scores["drawn"], higher_is_better=METRICS[arguments.metric].higher_is_better
     )
-    settings = {name: str(value) for name, value in vars(arguments).items() if value is not None}
-    report = {"command": command(), **made, "settings": settings, "runs": runs}
+    report = {"command": command(), **made, "runs": runs}
     report |= {"means": {name: statistics.mean(of) for name, of in scores.items() if of}}
     report |= {"chosen - drawn": difference, "seconds": time.perf_counter() - started}
     arguments.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")

@@ -163,6 +163,11 @@ def test_a_choice_that_leaves_nothing_out_is_refused(keep):
         select((asked(text, line=line) for line, text in enumerate(sentences(10))), settings=SelectSettings(keep=keep))
 
 
+def test_without_rows_there_is_nothing_to_choose_from():
+    with pytest.raises(DataError, match="there are 0 rows to choose from"):
+        select(iter([]), settings=SelectSettings(keep=5, by="diversity"))
+
+
 def test_without_scikit_learn_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     rows = [asked(text, line=line) for line, text in enumerate(sentences(10))]

@@ -45,12 +45,17 @@ def check_installed(what: str) -> None:
 
 def word_counts(texts: Iterable[str]) -> "csr_matrix":
     """Counts [N, F] of words and pairs of neighbouring words, float64. The texts are read one at a time."""
+    from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import HashingVectorizer
 
     vectorizer = HashingVectorizer(
         analyzer=_words_and_pairs, alternate_sign=False, norm=None, n_features=COLUMNS, dtype=np.float64
     )
-    return vectorizer.transform(texts)
+    texts = iter(texts)
+    first = next(texts, None)
+    if first is None:  # which the vectorizer does not take
+        return csr_matrix((0, COLUMNS))
+    return vectorizer.transform(itertools.chain([first], texts))
 
 
 def _words_and_pairs(text: str) -> list[str]:
