@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tunesmith.data.prepare import Prepared, prepare
@@ -548,6 +548,7 @@ LINES = st.one_of(
     ),
 )
 def test_every_row_ends_in_exactly_one_state(make, tmp_path, lines, held, given_settings):
+    assume(["[]"] not in (lines, held))  # a file that is an empty list holds no row
     test = write(tmp_path / "test.jsonl", held)
     try:
         prepared = make(lines, test=test, max_tokens=80, **given_settings)

@@ -334,29 +334,6 @@ class _Preparation:
             if where == "train" and not is_in(example.prompt_key, share=self.settings.train_share):
                 self.ledger.record(example.origin, state="dropped", reason="train_share")
                 continue
-            settled = self._settled(example, sequences, where=where)
-            if settled is not None:
-                yield example, where, settled
-
-    def _settled(
-        self, example: Example, sequences: list[Sequence], *, where: str, reason: str = ""
-    ) -> list[Sequence] | None:
-        """What is left of a row's sequences where it stays; either way it is entered in the ledger."""
-        fitted = self._fit(example, sequences)
-        if fitted is None:
-            return None
-        cut, sequences = fitted
-        if not any(s.num_targets for s in sequences):
-            message = "no token of this row would be trained"
-            self._refuse(Problem("empty_target", "error", *example.origin, message, hint="mend or drop the row"))
-            return None
-        if where != "train":
-            self.ledger.record(example.origin, state=f"held_out_{where}")
-        elif cut:
-            self.ledger.record(example.origin, state="truncated", reason="too_long", tokens_cut=cut)
-        else:
-            self.ledger.record(example.origin, state="trained", reason=reason)
-        return sequences
             settled = self._settled(example, sequences, where=where, among=self.selected if where == "train" else None)
             if settled is not None:
                 yield example, where, settled

@@ -76,6 +76,7 @@ class DataSettings(BaseModel):
         gt=0,
         lt=1,
         description="Which share of what is trained on comes from `replay`, in rows and in the weight they have.",
+    )
     select: SelectSettings | None = Field(
         default=None, description="Train on fewer rows, chosen to stand for all: the section below."
     )
