@@ -7,7 +7,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "rnnlg_laptop": {
         "data": {
             "train": "rnnlg_laptop/train.jsonl",
-            "validation": "rnnlg_laptop/validation.jsonl",
+            "validation": 0.03,
             "test": "rnnlg_laptop/test.jsonl",
             "mapping": {"prompt": "mr", "completion": "text"},
             "duplicates": "drop",
@@ -26,7 +26,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "trec": {
         "data": {
             "train": "trec/train.jsonl",
-            "validation": 0.1,
+            "validation": 0.05,
             "test": "trec/test.jsonl",
             "mapping": {"prompt": "text", "completion": "coarse"},
             "duplicates": "drop",

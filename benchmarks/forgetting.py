@@ -79,6 +79,7 @@ def one_run(name: str, remedy: str, *, folder: Path, steps: int, rows: int) -> d
             "max_steps": steps,
             "learning_rate": RATES[given["method"]["kind"]],
             "batch_rows": 16,
+            "validate_every": max(1, steps // 3),
         }
         recipe["objective"] = given.get("objective", "instruction")
         if "replay" in given:
@@ -130,8 +131,8 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with the data sets")
     parser.add_argument("--tasks", default=",".join(TASKS), help="separated by commas")
     parser.add_argument("--remedies", default=";".join(REMEDIES), help="separated by semicolons")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rows", type=int, default=200, help="test rows that are answered")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=150, help="test rows that are answered")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "forgetting.json")
     parser.add_argument("--table", action="store_true", help="print the table of what was measured")
     parser.add_argument("--role", help=argparse.SUPPRESS)
