@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.data.check import CheckReport, CountTokens, check_file
+from tunesmith.data.curate.drift import Drift, drift_of
+from tunesmith.data.curate.semantic import Embed
 from tunesmith.data.prepare import usable
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.template import ChatTemplate
@@ -27,9 +29,17 @@ def read_template(path: Path) -> str:
 
 
 def check_data(
-    file: str, *, against: str | None = None, base: str = "starter", recipe: Path | None = None
+    file: str,
+    *,
+    against: str | None = None,
+    base: str = "starter",
+    recipe: Path | None = None,
+    only: tuple[str, ...] | None = None,
+    benchmarks: tuple[str, ...] = (),
+    protected: str | None = None,
+    embedder: str | None = None,
 ) -> CheckReport:
-    """What is in `file`, what is wrong with it, what would be trained. Torch is not needed."""
+    """What is in `file`, what is wrong with it, what would be trained. Torch is needed for an `embedder` alone."""
     settings: DataSettings | None = None
     taken = 0  # tokens of the context that the method takes for itself
     labels: tuple[str, ...] | None = None  # whose names are answers to choose from
@@ -62,7 +72,32 @@ def check_data(
                 counts.append((max(s.num_context_tokens for s in sequences), sum(s.num_targets for s in sequences)))
         return counts
 
-    return check_file(file, against=against, settings=settings, count_tokens=count_words or count, max_tokens=limit)
+    settings = settings or DataSettings(train=file)
+    if benchmarks or protected is not None:
+        given = {"benchmarks": list(benchmarks) or settings.benchmarks, "protected": protected or settings.protected}
+        settings = settings.model_copy(update=given)
+    return check_file(
+        file,
+        against=against,
+        settings=settings,
+        count_tokens=count_words or count,
+        max_tokens=limit,
+        only=only,
+        embed=None if embedder is None else _embed(embedder),
+    )
+
+
+def drift_from(file: str, *, like: str, recipe: Path | None = None) -> Drift:
+    """Whether the prompts of `file` look like those of `like`."""
+    from tunesmith.recipe import load_recipe
+
+    return drift_of(file, like, settings=None if recipe is None else load_recipe(recipe).data)
+
+
+def _embed(base: str) -> Embed:
+    from tunesmith.models.embed import load_embedder
+
+    return load_embedder(base)
 
 
 def _labels_in_words(recipe: "Recipe") -> tuple[str, ...] | None:

@@ -96,12 +96,40 @@ def data_check(
     against: Annotated[str | None, typer.Option("--against", help="a second file: which rows are in both?")] = None,
     base: Annotated[str, typer.Option("--base", help="whose tokenizer and context length count")] = "starter",
     recipe: Annotated[Path | None, typer.Option("--recipe", help="read the rows as this recipe says")] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", help="checks to run, separated by commas; all by default")
+    ] = None,
+    benchmark: Annotated[
+        list[str] | None, typer.Option("--benchmark", help="an evaluation file: which rows hold its texts?")
+    ] = None,
+    protected: Annotated[
+        str | None, typer.Option("--protected", help="a folder of texts: which rows hold passages of them?")
+    ] = None,
+    embedder: Annotated[
+        str | None, typer.Option("--embedder", help="an encoder: which rows say the same in other words?")
+    ] = None,
+    like: Annotated[
+        str | None, typer.Option("--like", help="a file of real prompts: are the rows' prompts like these?")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What is in a file, what is wrong with it, and what would be trained."""
-    from tunesmith.checks import check_data
+    from tunesmith.checks import check_data, drift_from
 
-    report = check_data(file, against=against, base=base, recipe=recipe)
+    if like is not None:
+        drift = drift_from(file, like=like, recipe=recipe)
+        _show(drift.as_dict(), as_json=as_json, text=drift.as_text)
+        return
+    report = check_data(
+        file,
+        against=against,
+        base=base,
+        recipe=recipe,
+        only=None if only is None else tuple(name.strip() for name in only.split(",")),
+        benchmarks=tuple(benchmark or ()),
+        protected=protected,
+        embedder=embedder,
+    )
     _show(report.as_dict(), as_json=as_json, text=report.as_text)
     if report.num_errors:
         raise typer.Exit(3)

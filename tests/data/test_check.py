@@ -14,7 +14,7 @@ from tunesmith.data.ledger import STATES
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources import read_rows
 from tunesmith.data.split import side
-from tunesmith.errors import DataError, NotFoundError, TemplateError
+from tunesmith.errors import DataError, NotFoundError, RecipeError, TemplateError
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 
@@ -360,3 +360,62 @@ def test_real_files(name, form, rows):
     report = check_file(SHARED_DATA / name)
     assert (report.form, report.rows) == (form, rows)
     assert sum(report.ledger.values()) == rows
+
+
+def test_each_check_runs_alone(tmp_path):
+    rows = [{"prompt": f"Question number {i}?", "completion": "An answer that ends here."} for i in range(12)]
+    rows += [rows[0], {"prompt": "Who?", "completion": "Write to jane@example.com, <|im_end|> please."}]
+    rows += [{"prompt": "May I?", "completion": "I'm sorry, but I can't assist with that request."}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = {
+        "duplicates": {"exact_duplicate"}, "personal": {"personal_data"}, "special_tokens": {"special_token"},
+        "quality": {"quality"}, "labels": {"imbalance"}, "protected": set(),
+    }  # fmt: skip
+    found = {}
+    for name, kinds in expected.items():
+        report = check_file(path, only=(name,))
+        assert report.checks == [name]
+        found[name] = {problem.kind for problem in report.problems if problem.line > 1}
+        assert found[name] == kinds
+    whole = check_file(path)
+    assert {problem.kind for problem in whole.problems if problem.line > 1} == set().union(*found.values())
+    assert set(whole.checks) >= set(expected)
+    assert set(whole.not_run) >= {"contamination", "semantic"}
+    assert "not run:  contamination (name evaluation files" in whole.as_text()
+
+
+def test_benchmarks_and_protected_texts_are_looked_for_where_they_are_named(tmp_path):
+    passage = (
+        "The quick brown fox jumps over the lazy dog while seven wizards boxed with five large jugs of liquor today"
+    )
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "book.txt").write_text(f"{passage} and then they all went home to bed without any supper.")
+    (tmp_path / "bench.jsonl").write_text(json.dumps({"question": passage, "answer": "42"}) + "\n")
+    path = tmp_path / "rows.jsonl"
+    whole = f"{passage} and then they all went home to bed without any supper."
+    path.write_text("".join(json.dumps({"prompt": p, "completion": "Yes."}) + "\n" for p in ("Hello?", whole)))
+    settings = DataSettings(
+        train=str(path), benchmarks=[str(tmp_path / "bench.jsonl")], protected=str(tmp_path / "texts")
+    )
+    report = check_file(path, settings=settings, only=("contamination", "protected"))
+    kinds = {problem.kind: problem for problem in report.problems if problem.line == 2}
+    assert set(kinds) == {"contamination", "protected_text"}
+    assert str(kinds["contamination"].other) == f"{tmp_path / 'bench.jsonl'}:1"
+    assert str(kinds["protected_text"].other).startswith(str(tmp_path / "texts" / "book.txt"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"only": ("nothing",)}, "no check 'nothing'"),
+        ({"only": ("contamination",)}, "'contamination' cannot run"),
+        ({"only": ("quality",), "against": "other.jsonl"}, "--against has no effect"),
+    ],
+)
+def test_checks_that_cannot_run_are_refused_by_name(tmp_path, given, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a?", "completion": "b"}\n')
+    with pytest.raises(RecipeError, match=message) as caught:
+        check_file(path, **given)
+    assert caught.value.hint

@@ -1,12 +1,11 @@
 """`tunesmith data check`: what is in a file, what is wrong with it, and what would be trained.
 
-The rows are read once, and leave counts, keys and lengths; rows that may nearly repeat are read a second time and
-compared. A problem is an `error` where the row cannot or must not be trained on, and a `warning` where it can but
+The rows are read once, and go through all checks (curate/checks.py) together; rows that may nearly repeat are read a second
+time. A problem is an `error` where the row cannot or must not be trained on, and a `warning` where it can but
 should be looked at. Counts are exact; of each kind the first 1,000 problems are kept in full.
 """
 
 import os
-import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,16 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.curate.duplicates import MAX_PAIRS, Repeat, Repeats
+from tunesmith.data.curate.checks import choose
 from tunesmith.data.curate.labels import Labels
-from tunesmith.data.curate.personal import find_personal, find_secrets
+from tunesmith.data.curate.repeated import Repeated
+from tunesmith.data.curate.semantic import Embed
 from tunesmith.data.formats import detect_form, examine, label_mapping, preference_defect
 from tunesmith.data.ledger import STATES, Problem
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources import read_rows
 from tunesmith.data.split import side
-from tunesmith.data.types import Example, Origin, Row
-from tunesmith.errors import DataError, TemplateError
+from tunesmith.data.types import Example, Row
+from tunesmith.errors import DataError, RecipeError, TemplateError
 
 CountTokens = Callable[[list[Example]], list[tuple[int, int]]]
 
@@ -36,13 +36,6 @@ BATCH_ROWS = 64
 LONG_ROW_CHARACTERS = 100_000
 SIDE_STATES = {"train": "trained", "validation": "held_out_validation", "test": "held_out_test"}
 
-SPECIAL_TEXT = re.compile(
-    r"<\|\w{1,40}\|>|<｜[^｜\s]{1,40}｜>"  # ChatML, GPT-2, Llama 3, DeepSeek
-    r"|\[/?INST\]|<</?SYS>>|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>"  # Llama 2, Gemma
-    r"|\{%-?\s*(?:if|for|set|macro|end\w{2,8})\b|\{\{-?\s*(?:bos_token|eos_token|messages?\b)"  # jinja
-)
-SPECIAL_SIGNS = ("<", "[", "{")  # one of them begins every special text
-
 
 @dataclass(frozen=True)
 class CheckReport:
@@ -50,7 +43,7 @@ class CheckReport:
 
     `problems` holds the first 1,000 of a kind and `problem_counts` all of them, by (kind, severity); `ledger` is what
     would become of the rows under these settings; `unused_columns` are read by nothing; `mapping` is the one that was
-    taken for granted because the file has a text and a label column.
+    taken for granted because the file has a text and a label column; `checks` ran, and those of `not_run` need something.
     """
 
     file: str
@@ -62,6 +55,8 @@ class CheckReport:
     ledger: dict[str, int]
     unused_columns: list[str] = field(default_factory=list)
     mapping: dict[str, str] = field(default_factory=dict)
+    checks: list[str] = field(default_factory=list)
+    not_run: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_errors(self) -> int:
@@ -83,6 +78,8 @@ class CheckReport:
             "ledger": self.ledger,
             "unused_columns": self.unused_columns,
             "mapping": self.mapping,
+            "checks": self.checks,
+            "not_run": self.not_run,
         }
 
     def as_text(self) -> str:
@@ -100,6 +97,7 @@ class CheckReport:
                 "tokens:   {total:,} in all, {targets:,} trained; a row has {median:,} (median), {p95:,} (95 %),"
                 " {longest:,} (longest)".format(**self.tokens)
             )
+        lines += [f"not run:  {name} ({why})" for name, why in self.not_run.items()]
         if to_do := self._to_do():
             lines += ["", "to do:", *(f"  - {item}" for item in to_do)]
         return "\n".join(lines)
@@ -144,6 +142,8 @@ def check_file(
     settings: DataSettings | None = None,
     count_tokens: CountTokens | None = None,
     max_tokens: int | None = None,
+    only: tuple[str, ...] | None = None,
+    embed: Embed | None = None,
 ) -> CheckReport:
     """Check a file, a folder or a hub data set.
 
@@ -151,16 +151,18 @@ def check_file(
     settings: the data section of a recipe; by default everything is detected.
     count_tokens: (tokens, trained tokens) of each of a list of examples; may raise TemplateError.
     max_tokens: the longest row allowed; by default that of the settings.
+    only: the checks to run (curate/checks.py); by default all that can. embed: for rows that say the same, see semantic.py.
     Raises NotFoundError, and DataError for a file that cannot be read at all; what is wrong with a row is a problem.
     """
     if against is not None and _is_same_file(str(path), str(against)):
         raise DataError("a file cannot be checked against itself", file=path, hint="give the other file")
     settings = settings or DataSettings(train=str(path))
-    check = _Check(str(path), settings=settings, max_tokens=max_tokens or settings.max_tokens)
+    if against is not None and only is not None and "duplicates" not in only:
+        raise RecipeError("--against has no effect without the check 'duplicates'", hint="--only duplicates")
+    check = _Check(str(path), settings=settings, max_tokens=max_tokens or settings.max_tokens, only=only, embed=embed)
     if against is not None:
         check.read_other(str(against))
     check.read(count_tokens)
-    check.compare()
     return check.finish()
 
 
@@ -214,12 +216,19 @@ class _Reader:
 class _Check:
     """One run of `check_file`."""
 
-    def __init__(self, path: str, *, settings: DataSettings, max_tokens: int | None):
+    def __init__(
+        self,
+        path: str,
+        *,
+        settings: DataSettings,
+        max_tokens: int | None,
+        only: tuple[str, ...] | None,
+        embed: Embed | None,
+    ):
         self.path, self.settings, self.max_tokens = path, settings, max_tokens
         self.problems: list[Problem] = []
         self.counts: Counter[tuple[str, str]] = Counter()
-        self.repeats = Repeats()
-        self.labels = Labels()
+        self.chosen = choose(settings, again=self._again, only=only, embed=embed)
         self.columns: Counter[str] = Counter()
         self.states = array("B")
         self.num_tokens, self.num_targets = array("Q"), array("Q")
@@ -239,49 +248,52 @@ class _Check:
     def read_other(self, path: str) -> None:
         """Take the rows of the file to compare with."""
         self.other = _Reader(path, settings=self.settings, report=lambda problem: None)
-        for example in self.other.examples():
-            self.repeats.add(example)
-        self.repeats.start()
+        repeated = self.chosen.checks["duplicates"]
+        assert isinstance(repeated, Repeated)
+        repeated.other(self.other.examples())
         if self.other.num_bad:
             message = f"{_plural(self.other.num_bad, 'row')} of {path} cannot be read and could not be compared"
             self.report(Problem("quality", "warning", path, 1, message, hint=f"check {path} by itself"))
+
+    def _again(self) -> Iterator[Example]:
+        """The rows of both files once more."""
+        for reader in filter(None, (self.other, self.reader)):
+            for row in read_rows(reader.path, on_bad=lambda problem: None):
+                example = examine(row, settings=reader.settings)
+                if isinstance(example, Example):
+                    yield example
 
     def read(self, count_tokens: CountTokens | None) -> None:
         """Take the rows of the file itself."""
         batch: list[Example] = []
         for example in self.reader.examples():
             self._look_at(example)
-            self.repeats.add(example)
             self.states.append(STATES.index(SIDE_STATES[side(example.prompt_key, shares=self.settings.shares)]))
             batch.append(example)
             if len(batch) == BATCH_ROWS:
                 self._measure(batch, count_tokens)
                 batch = []
         self._measure(batch, count_tokens)
-        self.labels.certain = bool(self.reader.mapping)
-        for problem in self.labels.problems():
-            self.report(problem)
+        labels = self.chosen.checks.get("labels")
+        if isinstance(labels, Labels) and self.reader.mapping:
+            labels.certain = True  # a column of the file says so
+        for check in self.chosen.checks.values():
+            for problem in check.finish():
+                self.report(problem)
+        repeated = self.chosen.checks.get("duplicates")
+        if isinstance(repeated, Repeated) and self.settings.duplicates == "drop":
+            for row in repeated.exact_rows:
+                self.states[row] = STATES.index("duplicate")
 
     def _look_at(self, example: Example) -> None:
         """What can be told from the row alone."""
-        plain = example.plain_text
-        texts = [message.content for message in example.messages] if plain is None else [plain]
-        text = "\n".join(texts)
+        num_characters = len(example.all_text)
         self.columns.update(example.columns.keys())
-        self.num_characters += len(text)
-        self.longest_characters = max(self.longest_characters, len(text))
-        if any(sign in text for sign in SPECIAL_SIGNS) and (special := SPECIAL_TEXT.search(text)):
-            message = f"the text {special[0]!r} looks like a special token or template code; it is read as plain text"
-            self.report(Problem("special_token", "warning", *example.origin, message=message))
-        for kind, found in (("personal_data", find_personal(text)), ("secret", find_secrets(text))):
-            if found:
-                message = f"{' and '.join(found)} in the text would be learned"
-                hint = "remove it, or replace it by a placeholder"
-                self.report(Problem(kind, "warning", *example.origin, message=message, hint=hint))
-        if example.messages:
-            self.labels.add(example.messages[-1].content, origin=example.origin)
-        elif isinstance(example.label, str):
-            self.labels.add(example.label, origin=example.origin)
+        self.num_characters += num_characters
+        self.longest_characters = max(self.longest_characters, num_characters)
+        for check in self.chosen.checks.values():
+            for problem in check.look(example):
+                self.report(problem)
 
     def _measure(self, batch: list[Example], count_tokens: CountTokens | None) -> None:
         """Count the tokens of the rows just read, and mark those that are too long."""
@@ -328,74 +340,6 @@ class _Check:
             states = {"refuse": "bad", "truncate": "truncated", "drop": "dropped"}
             self.states[number] = STATES.index(states[policy])
 
-    # ---------------------------------------------------------------------------------------------- comparing
-
-    def compare(self) -> None:
-        """Find the rows that repeat: in the file, and in the other file."""
-        leaked = np.zeros(self.repeats.num_rows, bool)
-        for leak in self.repeats.leaks():
-            leaked[leak.row] = True
-            words = "row" if leak.how == "exact" else "prompt (case and punctuation apart)"
-            message = f"the same {words} stands in the other file"
-            self._repeat("leak", "error", leak, message, hint="remove it from one of the two files")
-        for repeat in self.repeats.repeats():
-            if repeat.how == "exact":
-                message, hint = "repeats an earlier row", "to leave it out, set data.duplicates: drop"
-                self._repeat("exact_duplicate", "warning", repeat, message, hint=hint)
-                if self.settings.duplicates == "drop":
-                    self.states[repeat.row - self.repeats.first] = STATES.index("duplicate")
-            else:
-                message = "repeats an earlier row but for case, quotes, punctuation or white space"
-                self._repeat("near_duplicate", "warning", repeat, message)
-        for contradiction in self.repeats.contradictions():
-            message = "has the prompt of an earlier row and another answer"
-            self._repeat("contradiction", "warning", contradiction, message, hint="keep the right one")
-        first = self.repeats.first
-        pairs = [(row, other) for row, other in self.repeats.candidates() if other >= first or not leaked[row]]
-        for repeat in self._near(pairs):
-            if repeat.other < first:
-                message = "nearly the same row stands in the other file"
-                self._repeat("leak", "warning", repeat, message, hint="remove it from one of the two files")
-            else:
-                self._repeat("near_duplicate", "warning", repeat, "repeats an earlier row nearly word for word")
-        if len(pairs) >= MAX_PAIRS:
-            message = f"near repeats were looked for in the first {MAX_PAIRS:,} likely pairs only; there may be more"
-            self.report(Problem("quality", "warning", self.path, 1, message))
-
-    def _repeat(self, kind: str, severity: str, repeat: Repeat, message: str, *, hint: str = "") -> None:
-        origin, other = self.repeats.origin(repeat.row), self.repeats.origin(repeat.other)
-        self.report(Problem(kind, severity, *origin, message=f"{message} ({other})", other=other, hint=hint))
-
-    def _near(self, candidates: list[tuple[int, int]]) -> Iterator[Repeat]:
-        """Of the candidates, those that are alike; each row is kept only while a pair still needs it."""
-        partners: dict[int, list[int]] = {}
-        last_use: dict[int, int] = {}
-        for row, other in candidates:
-            partners.setdefault(row, []).append(other)
-            last_use[row] = max(row, last_use.get(row, 0))
-            last_use[other] = max(row, last_use.get(other, 0))
-        numbers = {self.repeats.origin(number): number for number in last_use}
-        kept: dict[int, Example] = {}
-        for number, example in self._read_again(numbers):
-            kept[number] = example
-            for other in partners.get(number, ()):
-                if other in kept and self.repeats.is_near(example, kept[other]):
-                    yield Repeat(number, other, "near")
-            for old in (number, *partners.get(number, ())):
-                if last_use[old] <= number:
-                    kept.pop(old, None)
-
-    def _read_again(self, numbers: dict[Origin, int]) -> Iterator[tuple[int, Example]]:
-        """The wanted rows of both files, in the order of their numbers."""
-        for reader in (self.other, self.reader) if numbers else ():
-            if reader is None:
-                continue
-            for row in read_rows(reader.path, on_bad=lambda problem: None):
-                if row.origin in numbers:
-                    example = examine(row, settings=reader.settings)
-                    if isinstance(example, Example):
-                        yield numbers[row.origin], example
-
     # ---------------------------------------------------------------------------------------------- finishing
 
     def finish(self) -> CheckReport:
@@ -426,6 +370,8 @@ class _Check:
             ledger=ledger,
             unused_columns=[column for column, _ in self.columns.most_common(20)],
             mapping=self.reader.mapping,
+            checks=list(self.chosen.checks),
+            not_run=self.chosen.not_run,
         )
 
     def _tokens(self) -> dict[str, Any]:

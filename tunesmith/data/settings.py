@@ -7,6 +7,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Form = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text", "labelled", "tagged"]
+Findings = Literal[
+    "near_duplicate", "contradiction", "contamination", "protected_text", "quality", "language", "label_error"
+]
 MAPPING_KEYS = ("prompt", "completion", "system", "text", "label", "words", "tags", "messages")
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
@@ -106,6 +109,17 @@ class DataSettings(BaseModel):
         description="What to do with personal data and secrets: keep them, put a placeholder such as [EMAIL_1] in the place"
         " of each, or leave the row out.",
     )
+    benchmarks: list[str] = Field(
+        default_factory=list,
+        description="Evaluation files whose texts should not be trained on: looked for in every row (`contamination`).",
+    )
+    protected: str | None = Field(
+        default=None,
+        description="A folder of texts whose passages should not be trained on word for word (`protected_text`).",
+    )
+    leave_out: tuple[Findings, ...] = Field(
+        default=(), description="Leave out the training rows of which `data check` says this; see docs/data.md."
+    )
     bad_rows: Literal["refuse", "drop"] = Field(
         default="refuse", description="What to do with a row that cannot be used: stop the run, or leave it out."
     )
@@ -162,6 +176,8 @@ class DataSettings(BaseModel):
             yield f"`replay` is {self.replay!r}, which holds rows of the task; give general rows"
         if self.replay is None and "replay_share" in self.model_fields_set and self.replay_share != 0.1:
             yield "`replay_share` has no effect without `replay`"
+        if "contamination" in self.leave_out and not self.benchmarks:
+            yield "`leave_out: contamination` has no effect without `benchmarks`"
         if isinstance(self.test, str) and self.test == self.validation:
             yield f"`test` and `validation` are both {self.test!r}; a test must not also choose the best step"
         if sum(self.shares.values()) >= 1:

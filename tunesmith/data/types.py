@@ -69,6 +69,12 @@ class Example:
         return " ".join(self.words) if self.words else self.text
 
     @property
+    def all_text(self) -> str:
+        """Everything that it says, a line a turn."""
+        plain = self.plain_text
+        return "\n".join(message.content for message in self.messages) if plain is None else plain
+
+    @property
     def asked(self) -> "tuple[tuple[Message, ...], Message]":
         """The messages before the last assistant turn, and that turn."""
         last = max(place for place, message in enumerate(self.messages) if message.role == "assistant")

@@ -11,7 +11,7 @@ def problems(answers, certain=False):
     labels.certain = certain
     for line, answer in enumerate(answers, start=1):
         labels.add(answer, origin=Origin("a", line))
-    return [(problem.kind, problem.line) for problem in labels.problems()]
+    return [(problem.kind, problem.line) for problem in labels.finish()]
 
 
 @pytest.mark.parametrize(
@@ -46,5 +46,5 @@ def test_too_many_answers_are_no_labels_and_take_no_memory():
     labels = Labels()
     for number in range(5 * MAX_LABELS):
         labels.add(f"answer {number}", origin=Origin("a", number + 1))
-    assert list(labels.problems()) == []
+    assert list(labels.finish()) == []
     assert not labels._labels

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tunesmith.data.curate.duplicates import normalise
 from tunesmith.data.ledger import Problem
-from tunesmith.data.types import Origin
+from tunesmith.data.types import Example, Origin
 
 MAX_LABELS = 1_000
 MAX_LABEL_CHARACTERS = 64
@@ -30,12 +30,23 @@ class Labels:
     `certain` says that they are (the file has a label column), however few rows there are.
     """
 
+    name = "labels"
+
     def __init__(self) -> None:
         self.certain = False
         self.num_rows = 0
         self._labels: dict[str, _Label] = {}
         self._spellings: list[tuple[str, Origin]] = []
         self._given_up = False
+
+    def look(self, example: Example) -> Iterator[Problem]:
+        """Count the row's answer or label; nothing can be said before the last one."""
+        if example.messages:
+            self.add(example.messages[-1].content, origin=example.origin)
+        elif isinstance(example.label, str):
+            self.certain = True
+            self.add(example.label, origin=example.origin)
+        yield from ()
 
     def add(self, answer: str, *, origin: Origin) -> None:
         """Count one answer."""
@@ -64,7 +75,7 @@ class Labels:
         """Whether no answer so far rules it out."""
         return not self._given_up
 
-    def problems(self) -> Iterator[Problem]:
+    def finish(self) -> Iterator[Problem]:
         """What is odd about the labels; nothing where the answers are no labels."""
         if not self.are_labels:
             return

@@ -9,6 +9,9 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from tunesmith.data.ledger import Problem
+from tunesmith.data.types import Example
+
 EMAIL = re.compile(r"@(?<=[\w%+-]@)(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b")
 NUMBER = re.compile(r"[+(\d][\d().+ -]{6,}")  # phone, card and social security numbers, and addresses, are such runs
 PHONE = re.compile(
@@ -41,6 +44,25 @@ AFTER_KEY = re.compile(r"[\w.+/=-]*")
 END_OF_KEY = re.compile(r"-----END [A-Z ]{0,30}PRIVATE KEY-----")
 MAX_KEY_CHARACTERS = 20_000
 LOCAL_ADDRESSES = {"0.0.0.0", "127.0.0.1", "255.255.255.255"}
+
+
+class Personal:
+    """Tells of rows with personal data or secrets, by their sorts."""
+
+    name = "personal"
+
+    def look(self, example: Example) -> Iterator[Problem]:
+        """What the row alone says."""
+        text = example.all_text
+        for kind, found in (("personal_data", find_personal(text)), ("secret", find_secrets(text))):
+            if found:
+                message = f"{' and '.join(found)} in the text would be learned"
+                hint = "data.personal: mask puts placeholders in their place"
+                yield Problem(kind, "warning", *example.origin, message=message, hint=hint)
+
+    def finish(self) -> Iterator[Problem]:
+        """Nothing more."""
+        yield from ()
 
 
 def find_personal(text: str) -> list[str]:

@@ -1,0 +1,104 @@
+"""Which checks there are, what each needs, and what each may find; each runs alone, or all together."""
+
+import importlib.util
+from dataclasses import dataclass
+
+from tunesmith.data.curate.base import Check
+from tunesmith.data.curate.contamination import Contamination
+from tunesmith.data.curate.label_errors import LabelErrors
+from tunesmith.data.curate.labels import Labels
+from tunesmith.data.curate.language import Language
+from tunesmith.data.curate.personal import Personal
+from tunesmith.data.curate.protected import Protected
+from tunesmith.data.curate.quality import Quality
+from tunesmith.data.curate.repeated import Again, Repeated
+from tunesmith.data.curate.semantic import Embed, SemanticRepeats
+from tunesmith.data.curate.special import SpecialTokens
+from tunesmith.data.settings import DataSettings
+from tunesmith.errors import MissingExtraError, RecipeError
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "special_tokens": ("special_token",),
+    "personal": ("personal_data", "secret"),
+    "labels": ("label_error", "imbalance"),
+    "duplicates": ("exact_duplicate", "near_duplicate", "contradiction", "leak"),
+    "quality": ("quality",),
+    "language": ("language",),
+    "label_errors": ("label_error",),
+    "contamination": ("contamination",),
+    "protected": ("protected_text",),
+    "semantic": ("near_duplicate",),
+}
+EXTRAS = {"language": "py3langid", "label_errors": "sklearn"}  # the module that each needs
+LEFT_OUT_BY = {  # for each kind that data.leave_out may name, the check that finds it
+    "near_duplicate": "duplicates",
+    "contradiction": "duplicates",
+    "contamination": "contamination",
+    "protected_text": "protected",
+    "quality": "quality",
+    "language": "language",
+    "label_error": "label_errors",
+}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The checks to run, by name, and why others do not."""
+
+    checks: dict[str, Check]
+    not_run: dict[str, str]
+
+
+def choose(
+    settings: DataSettings, *, again: Again, only: tuple[str, ...] | None = None, embed: Embed | None = None
+) -> Chosen:
+    """All checks that can run, or those of `only`.
+
+    `settings` name the benchmarks and the protected texts; `embed` is what looks for rows that say the same. Raises
+    RecipeError where `only` names no check or one that needs what is not given, MissingExtraError for a missing extra.
+    """
+    if unknown := [name for name in only or () if name not in KINDS]:
+        raise RecipeError(f"there is no check '{unknown[0]}'", hint=f"there are {', '.join(KINDS)}")
+    checks: dict[str, Check] = {}
+    not_run: dict[str, str] = {}
+    for name in KINDS if only is None else dict.fromkeys(only):
+        why = _missing(name, settings=settings, embed=embed)
+        if why is None:
+            checks[name] = _check(name, settings=settings, again=again, embed=embed)
+        elif only is None:
+            not_run[name] = why
+        else:
+            raise (MissingExtraError if name in EXTRAS else RecipeError)(f"the check '{name}' cannot run", hint=why)
+    return Chosen(checks, not_run)
+
+
+def _missing(name: str, *, settings: DataSettings, embed: Embed | None) -> str | None:
+    """What to give so that a check can run; None where it can."""
+    if name in EXTRAS and importlib.util.find_spec(EXTRAS[name]) is None:
+        return "pip install 'tunesmith[curate]'"
+    if name == "contamination" and not settings.benchmarks:
+        return "name evaluation files with --benchmark or data.benchmarks"
+    if name == "semantic" and embed is None:
+        return "name an encoder with --embedder"
+    return None
+
+
+def _check(name: str, *, settings: DataSettings, again: Again, embed: Embed | None) -> Check:
+    if name == "duplicates":
+        return Repeated(again)
+    if name == "contamination":
+        return Contamination(settings.benchmarks, settings)
+    if name == "protected":
+        return Protected(settings.protected)
+    if name == "semantic":
+        assert embed is not None
+        return SemanticRepeats(embed)
+    plain: dict[str, type[Check]] = {
+        "special_tokens": SpecialTokens,
+        "personal": Personal,
+        "labels": Labels,
+        "quality": Quality,
+        "language": Language,
+        "label_errors": LabelErrors,
+    }
+    return plain[name]()
