@@ -626,6 +626,14 @@ def test_what_the_evaluation_will_read_must_be_there_before_the_training(project
     assert not list((project / "w").rglob("resolved.json"))
 
 
+def test_a_schema_is_read_before_the_training(project):
+    (project / "schema.json").write_text('{"type": "objekt"}')
+    with pytest.raises(RecipeError, match="objekt") as caught:
+        tune(project, "evaluate={json_schema: schema.json}")
+    assert caught.value.file == str(project / "schema.json")
+    assert not list((project / "w").rglob("resolved.json"))
+
+
 def test_base_and_tuned_may_look_up_rows_or_passages(original, shared, project):
     settings = EvaluateSettings(against=("base", "retrieval", "tuned_retrieval"), look_up=2, max_tokens=4)
     document = evaluate(original, shared, settings=settings).document

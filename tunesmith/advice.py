@@ -14,7 +14,6 @@ import numpy as np
 
 from tunesmith import api
 from tunesmith.errors import RecipeError
-from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.result import Evaluation
 from tunesmith.evaluate.statistics import SIGNIFICANCE, compare, decimals, holm
 from tunesmith.objectives.headed import Headed
@@ -60,7 +59,7 @@ def advise(
 def advised(evaluation: Evaluation, *, curve: dict[str, Any] | None = None) -> dict[str, Any]:
     """The document: the way that is advised, every way beside the best one, and what would change it."""
     document = evaluation.document
-    metric = METRICS[document["primary"]]
+    metric = evaluation.metrics[document["primary"]]
     scores = evaluation.scores[metric.name]
     sign = 1 if metric.higher_is_better else -1
     value = {way: evaluation.value(metric.name, system=way) for way in WAYS if way in scores}

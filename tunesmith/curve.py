@@ -22,7 +22,6 @@ from tunesmith import api
 from tunesmith.data.answers import Floats
 from tunesmith.errors import RecipeError
 from tunesmith.evaluate.metric import Aggregate
-from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.result import Evaluation
 from tunesmith.evaluate.statistics import NO_WIDTH, RESAMPLES, decimals, resampled, student_tail
 from tunesmith.recipe import Recipe
@@ -74,7 +73,7 @@ def _part(recipe: Recipe, *, share: float, seed: int) -> Recipe:
 def fitted(name: str, *, shares: list[float], found: list[list[tuple[api.Run, Evaluation]]]) -> dict[str, Any]:
     """The document of the curve: a point a share, and what twice the rows would give."""
     first = found[0][0][1].document
-    metric = METRICS[first["primary"]]
+    metric = found[0][0][1].metrics[first["primary"]]
     systems = [evaluation.scores[metric.name]["tuned"] for scored in found for _, evaluation in scored]
     scores_PKR = resampled(systems, aggregate=metric.aggregate).reshape(len(found), -1, RESAMPLES)
     scores_PR = _over_seeds(scores_PKR)

@@ -310,7 +310,7 @@ def _resolved(recipe: Recipe, *, folder: Path) -> Recipe:
         os.path.join(folder, os.path.expanduser(objective.teacher_base))
     ):
         objective = objective.model_copy(update={"teacher": path(objective.teacher_base)})
-    named = {key: getattr(recipe.evaluate, key) for key in ("general", "documents")}
+    named = {key: getattr(recipe.evaluate, key) for key in ("general", "documents", "json_schema")}
     evaluate = recipe.evaluate.model_copy(update={key: path(name) for key, name in named.items() if name is not None})
     sections = {"data": data.model_copy(update=update), "base": base, "objective": objective, "evaluate": evaluate}
     return recipe.model_copy(update=sections)

@@ -18,6 +18,7 @@ from tunesmith.data.sources import resolve
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example
 from tunesmith.errors import DataError, NotFoundError, RecipeError, StorageError
+from tunesmith.evaluate.chosen import chosen
 from tunesmith.evaluate.settings import RESOLVED
 from tunesmith.methods.base import num_trainable, set_trainable_dtype
 from tunesmith.models.base import (
@@ -161,12 +162,14 @@ def check_suits(recipe: Recipe) -> None:
 
 
 def check_evaluation(recipe: Recipe) -> None:
-    """NotFoundError where a file that the evaluation will read is not there, before anything is trained."""
+    """NotFoundError or RecipeError where what the evaluation needs is missing or wrong, before anything is trained."""
     general, documents = recipe.evaluate.general, recipe.evaluate.documents
     if general is not None:
         resolve(general)
     if documents is not None and not Path(documents).is_dir():
         raise NotFoundError("no such folder", file=documents, hint="evaluate.documents is a folder with text files")
+    names = (*(recipe.evaluate.metrics or ()), *recipe.evaluate.added)
+    chosen(names, settings=recipe.evaluate)
 
 
 def prepare_data(

@@ -20,6 +20,7 @@ def document(**general: Any) -> dict[str, Any]:
     return {
         "metrics": {
             "exact_match": {
+                "higher_is_better": True,
                 "systems": {"tuned": score(0.8, 0.75, 0.84)},
                 "differences": {
                     "tuned - base": score(0.2, 0.1, 0.3, p=0.001),
@@ -27,6 +28,7 @@ def document(**general: Any) -> dict[str, Any]:
                 },
             },
             "perplexity": {
+                "higher_is_better": False,
                 "systems": {"tuned": score(2.0, 1.8, 2.2)},
                 "differences": {"tuned - base": score(-3.0, -4.0, -2.0, p=0.001)},
             },
@@ -69,12 +71,12 @@ def test_all_rules_must_hold() -> None:
 @pytest.mark.parametrize(("margin", "outcome"), [(0.02, "undecided"), (0.03, "kept"), (0.004, "lost")])
 def test_general_rows_are_judged_against_the_margin(margin: float, outcome: str) -> None:
     difference = score(0.016, 0.005, 0.027, p=0.01)
-    assert non_inferiority(difference, metric="bits_per_byte", margin=margin)[0] == outcome
-    general = {"metric": "bits_per_byte", "systems": {}, "difference": difference}
+    assert non_inferiority(difference, metric="bits_per_byte", higher=False, margin=margin)[0] == outcome
+    general = {"metric": "bits_per_byte", "higher_is_better": False, "systems": {}, "difference": difference}
     found = judged(document(general=general), {"general": f"not worse by {margin}"})
     assert found["passed"] is (outcome == "kept")
     better = score(0.1, 0.05, 0.15, p=0.01)
-    assert non_inferiority(better, metric="exact_match", margin=margin)[0] == "kept"
+    assert non_inferiority(better, metric="exact_match", higher=True, margin=margin)[0] == "kept"
 
 
 @pytest.mark.parametrize(

@@ -404,3 +404,14 @@ def test_the_costs_of_each_system_are_told(base, template):
     assert 0 < document["costs"]["tuned"]["tokens_per_answer"] <= 5
     assert document["costs"]["tuned"]["seconds"] >= 0
     assert not np.isnan(document["costs"]["tuned"]["seconds"])
+
+
+def test_a_setting_adds_its_metric_behind_the_default_ones(tuned, template):
+    document = evaluate(tuned_and_base(tuned), template, pattern="red|green|.*").document
+    assert list(document["metrics"]) == ["exact_match", "token_f1", "perplexity", "pattern_match"]
+    assert document["metrics"]["pattern_match"]["systems"]["base"]["value"] <= 1
+    chosen = evaluate(tuned_and_base(tuned), template, metrics=("pattern_match",), pattern="(?s).*").document
+    assert chosen["metrics"]["pattern_match"]["systems"]["tuned"]["value"] == 1
+    assert (chosen["primary"], chosen["verdict"]) == ("pattern_match", "undecided")
+    with pytest.raises(DataError, match="'pattern_match' needs answers"):
+        evaluate(tuned_and_base(tuned), template, examples=TEXTS, pattern="a")

@@ -50,12 +50,14 @@ def _judge(document: dict[str, Any], *, metric: str, rule: str) -> tuple[bool, s
     if limit := LIMIT.fullmatch(rule):
         return _beyond(entry["systems"]["tuned"], above=limit[1] == ">", limit=float(limit[2]))
     if better := BETTER.fullmatch(rule):
-        return _better(_difference(entry, metric=metric, system=better[1]), higher=METRICS[name].higher_is_better)
+        return _better(_difference(entry, metric=metric, system=better[1]), higher=entry["higher_is_better"])
     asked = NOT_WORSE.fullmatch(rule)
     assert asked is not None, "check_rule let it pass"
     system = asked[1] or "base"
     difference = _difference(entry, metric=metric, system=system)
-    outcome, sentence = non_inferiority(difference, metric=name, margin=float(asked[2]), against=system)
+    outcome, sentence = non_inferiority(
+        difference, metric=name, higher=entry["higher_is_better"], margin=float(asked[2]), against=system
+    )
     return outcome == "kept", sentence
 
 

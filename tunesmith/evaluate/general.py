@@ -140,7 +140,7 @@ def entry_of(found: Evaluation, *, margin: float) -> dict[str, Any]:
     metric = document["primary"]
     entry = document["metrics"][metric]
     difference = entry["differences"]["tuned - base"]
-    outcome, sentence = non_inferiority(difference, metric=metric, margin=margin)
+    outcome, sentence = non_inferiority(difference, metric=metric, higher=entry["higher_is_better"], margin=margin)
     flips = []
     if METRICS[metric].right_or_wrong:
         scored = ((row, *(row["scores"][system][metric] for system in ("base", "tuned"))) for row in found.rows)
@@ -165,13 +165,13 @@ def entry_of(found: Evaluation, *, margin: float) -> dict[str, Any]:
 
 
 def non_inferiority(
-    difference: dict[str, Any], *, metric: str, margin: float, against: str = "base"
+    difference: dict[str, Any], *, metric: str, higher: bool, margin: float, against: str = "base"
 ) -> tuple[str, str]:
     """("kept" | "lost" | "undecided", a sentence): whether tuned is worse than another by no more than the margin.
 
-    Decided by the 95 % interval of the difference, which is a one-sided test at 2.5 %.
+    Decided by the 95 % interval of the difference, which is a one-sided test at 2.5 %. `higher`: a higher score is better.
     """
-    sign = -1.0 if METRICS[metric].higher_is_better else 1.0
+    sign = -1.0 if higher else 1.0
     worse = sorted(sign * difference[end] for end in ("low", "high"))
     places = max(decimals(worse[1] - worse[0]), decimals(margin))
     value, low, high = (f"{difference[key]:+.{places}f}" for key in ("value", "low", "high"))

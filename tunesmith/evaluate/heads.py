@@ -24,6 +24,7 @@ from tunesmith.data.answers import Answer, Classes, Numbers, Tags
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example, Message, Sequence
 from tunesmith.errors import RecipeError
+from tunesmith.evaluate.chosen import chosen
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.result import UNTUNED, Answers, Evaluation, concluded, drawn
 from tunesmith.evaluate.run import PACK_TOKENS, System, only_last
@@ -158,8 +159,8 @@ def evaluate_heads(
         answers[name] = Answers(predicted.texts(), predicted=predicted, seconds=time.perf_counter() - started)
     references = [_written(e) for e in kept]
     scores: dict[str, dict[str, np.ndarray]] = {}
-    for name in _metrics(objective, settings=settings, answers=answers):
-        metric = METRICS[name]
+    metrics = chosen(_metrics(objective, settings=settings, answers=answers), settings=settings)
+    for name, metric in metrics.items():
         scores[name] = {
             system: metric.score_rows(a.texts or [], references)
             if metric.reads == "text"
@@ -169,6 +170,7 @@ def evaluate_heads(
     return concluded(
         answers,
         scores,
+        metrics=metrics,
         examples=kept,
         prompts=[_shown(example) for example in kept],
         references=references,
@@ -208,4 +210,4 @@ def _metrics(objective: Headed, *, settings: EvaluateSettings, answers: dict[str
         for a in answers.values()
         if isinstance(a.predicted, Numbers) and not np.isfinite(a.predicted.low_B).all()
     }
-    return tuple(name for name in objective.metrics if name not in unknown)
+    return (*(name for name in objective.metrics if name not in unknown), *settings.added)

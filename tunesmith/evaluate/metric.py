@@ -60,6 +60,7 @@ class Metric:
         `negative_log_likelihood` (nats, summed over the row's target tokens) and `tokens` or `bytes`; for "classes",
         "numbers" and "tags" `predicted` (Classes, Numbers, Tags) and `truth` ([B, K] bool, [B], or tags of each row).
     right_or_wrong: rows are 0 or 1, so two systems are compared with McNemar's exact test.
+    needs: settings of `evaluate` that the score takes as keywords, as `chosen.py` reads them.
     """
 
     name: str
@@ -69,13 +70,14 @@ class Metric:
     higher_is_better: bool = True
     right_or_wrong: bool = False
     reads: Literal["text", "likelihood", "classes", "numbers", "tags"] = "text"
+    needs: tuple[str, ...] = ()
 
     def score_rows(self, predictions: Sequence[str] = (), references: References = (), **context: Any) -> Floats:
         """Scores of the rows, [B] or [B, S] float64.
 
         Text metrics read `predictions` and `references` (equally many; a reference may be a list of texts, of which
-        the best match counts). Likelihood metrics read `context`, see the class. Raises DataError where the numbers
-        of rows differ or a reference cannot be read by this metric.
+        the best match counts), and in `context` what they need. Likelihood metrics read `context`, see the class. Raises
+        DataError where the numbers of rows differ or a reference cannot be read by this metric.
         """
         if self.reads != "text":
             return self.score(**context)
@@ -85,7 +87,7 @@ class Metric:
         for number, texts in enumerate(several, start=1):
             if not texts:
                 raise DataError(f"{self.name}: row {number} has no reference", hint="give each test row an answer")
-        return self.score(list(predictions), several)
+        return self.score(list(predictions), several, **context)
 
     def row_values(self, rows: Floats) -> Floats:
         """One number a row, [B], for tables and for counting rows that became better; on the metric's own scale."""

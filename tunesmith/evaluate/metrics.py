@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import json
 import re
 import string
 import unicodedata
@@ -15,6 +14,7 @@ import numpy as np
 
 from tunesmith.data.answers import Floats
 from tunesmith.errors import DataError, RecipeError
+from tunesmith.evaluate.adherence import MISSING, parse_json, pattern_rows, schema_rows
 from tunesmith.evaluate.head_metrics import HEAD_METRICS
 from tunesmith.evaluate.metric import FRACTION, Aggregate, Metric
 
@@ -96,24 +96,10 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 # ---- JSON and numbers ------------------------------------------------------------------------------------------------
 
-_MISSING = object()
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def parse_json(text: str) -> Any:
-    """The JSON value, or `_MISSING` if `text` is not JSON to the letter (fences, NaN and trailing words are not)."""
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):  # a model may well write ten thousand opening brackets
-        return _MISSING
-
 
 def json_valid(prediction: str, reference: str) -> float:
     """1 if the prediction is JSON; the reference is not read."""
-    return float(parse_json(prediction) is not _MISSING)
+    return float(parse_json(prediction) is not MISSING)
 
 
 def leaves(value: Any) -> dict[tuple[str | int, ...], Any]:
@@ -137,14 +123,14 @@ def json_fields(prediction: str, reference: str) -> float:
     Further fields cost nothing. 1 equals 1.0; true does not equal 1. Raises DataError if the reference is not JSON.
     """
     expected = parse_json(reference)
-    if expected is _MISSING:
+    if expected is MISSING:
         raise DataError(
             f"json_fields: a reference is not JSON: {reference[:80]!r}",
             hint="use this metric only where every test answer is JSON, or choose token_f1",
         )
     found = leaves(parse_json(prediction))
     wanted = leaves(expected)
-    return sum(_same_leaf(found.get(path, _MISSING), value) for path, value in wanted.items()) / len(wanted)
+    return sum(_same_leaf(found.get(path, MISSING), value) for path, value in wanted.items()) / len(wanted)
 
 
 def _same_leaf(left: Any, right: Any) -> bool:
@@ -290,6 +276,22 @@ METRICS: dict[str, Metric] = {
         Metric("rouge_l", "longest common subsequence of words, 0 to 1", best_of(rouge_l), FRACTION),
         Metric("json_valid", "the answer is valid JSON", best_of(json_valid), FRACTION, right_or_wrong=True),
         Metric("json_fields", "share of the reference's JSON fields reproduced", best_of(json_fields), FRACTION),
+        Metric(
+            "json_schema",
+            "the answer is JSON that is valid under evaluate.json_schema",
+            schema_rows,
+            FRACTION,
+            right_or_wrong=True,
+            needs=("json_schema",),
+        ),
+        Metric(
+            "pattern_match",
+            "the whole answer, without whitespace around it, matches evaluate.pattern",
+            pattern_rows,
+            FRACTION,
+            right_or_wrong=True,
+            needs=("pattern",),
+        ),
         Metric(
             "number_match", "the last number is the reference's", best_of(number_match), FRACTION, right_or_wrong=True
         ),

@@ -11,6 +11,7 @@ import numpy as np
 from tunesmith.data.answers import Answer
 from tunesmith.data.types import Example, Message
 from tunesmith.errors import DataError
+from tunesmith.evaluate.metric import Metric
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.evaluate.statistics import compare, interval, verdict
@@ -41,6 +42,7 @@ class Evaluation:
     scores: dict[str, dict[str, np.ndarray]] = field(
         repr=False, default_factory=dict
     )  # by metric and system, row by row
+    metrics: dict[str, Metric] = field(repr=False, default_factory=lambda: METRICS)
 
     @property
     def verdict(self) -> str:
@@ -70,6 +72,7 @@ def concluded(
     answers: dict[str, Answers],
     scores: dict[str, dict[str, np.ndarray]],
     *,
+    metrics: dict[str, Metric],
     examples: list[Example],
     prompts: list[list[Message]],
     references: list[str],
@@ -82,19 +85,23 @@ def concluded(
     looked_up: dict[str, list[list[str]]] | None = None,
 ) -> Evaluation:
     """The evaluation: `scores` by metric and system, the first metric and the first system at the head of the verdict."""
-    metrics = {name: _compared(name, rows, seed=settings.seed, clusters=clusters) for name, rows in scores.items()}
+    compared = {
+        name: _compared(rows, metric=metrics[name], seed=settings.seed, clusters=clusters)
+        for name, rows in scores.items()
+    }
     document = _document(
-        metrics, answers, run=run, data=data, primary=next(iter(scores)), rows=len(examples), seed=settings.seed
+        compared, answers, run=run, data=data, primary=next(iter(scores)), rows=len(examples), seed=settings.seed
     )
     keys = "".join(example.key for example in examples)
     document["few_shot_examples"] = num_shots
     document["rows_sha256"] = hashlib.sha256(keys.encode()).hexdigest()  # what two runs must share to be compared
     document["left_out_rows"] = num_left_out
-    rows = _row_table(examples, references, answers, scores, prompts)
+    values = {s: {name: metrics[name].row_values(rows[s]) for name, rows in scores.items()} for s in answers}
+    rows = _row_table(examples, references, answers, values, prompts)
     for system, found in (looked_up or {}).items():
         for row, origins in zip(rows, found, strict=True):
             row.setdefault("looked_up", {})[system] = origins
-    return Evaluation(document, rows, scores)
+    return Evaluation(document, rows, scores, metrics)
 
 
 def drawn(examples: list[Example], *, settings: EvaluateSettings) -> list[Example]:
@@ -112,9 +119,8 @@ def drawn(examples: list[Example], *, settings: EvaluateSettings) -> list[Exampl
 
 
 def _compared(
-    name: str, rows: dict[str, np.ndarray], *, seed: int, clusters: list[str] | None = None
+    rows: dict[str, np.ndarray], *, metric: Metric, seed: int, clusters: list[str] | None = None
 ) -> dict[str, Any]:
-    metric = METRICS[name]
     first, *others = rows
     drawing: dict[str, Any] = {"seed": seed, "clusters": clusters}
     return {
@@ -166,12 +172,9 @@ def _row_table(
     examples: list[Example],
     references: list[str],
     answers: dict[str, Answers],
-    scores: dict[str, dict[str, np.ndarray]],
+    values: dict[str, dict[str, np.ndarray]],
     prompts: list[list[Message]],
 ) -> list[dict[str, Any]]:
-    values = {
-        system: {name: METRICS[name].row_values(rows[system]) for name, rows in scores.items()} for system in answers
-    }
     table = []
     for i, example in enumerate(examples):
         prompt = [{"role": m.role, "content": m.content} for m in prompts[i]]

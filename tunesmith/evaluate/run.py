@@ -18,6 +18,8 @@ from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example, Message, Sequence
 from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.evaluate.answered import Answered
+from tunesmith.evaluate.chosen import chosen
+from tunesmith.evaluate.metric import Metric
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.result import Answers, Evaluation, concluded, drawn
 from tunesmith.evaluate.retrieval import Lookup
@@ -172,11 +174,12 @@ def evaluate_systems(
     rendered = _Rendered(template, objective)
     fitting = _fitting(examples, systems=systems, rendered=rendered)
     kept = drawn(fitting, settings=settings)
-    names = settings.metrics or default_metrics(kept)
+    names = settings.metrics or (*default_metrics(kept), *settings.added)
     if any(system.template is not None for system in systems):
         names = _of_text(names, chosen=bool(settings.metrics))
-    _check_metrics(names, kept)
-    generated = any(METRICS[name].reads == "text" for name in names)
+    metrics = chosen(names, settings=settings)
+    _check_metrics(metrics, kept)
+    generated = any(metric.reads == "text" for metric in metrics.values())
     answers: dict[str, Answers] = {}
     for system in systems:
         on_progress(f"{system.name}: {len(kept):,} rows")
@@ -190,11 +193,15 @@ def evaluate_systems(
                 generated=generated,
             )
     references = [reference_of(e, template=template) for e in kept]
-    scores = {name: {s: _score(name, a, references=references) for s, a in answers.items()} for name in names}
+    scores = {
+        name: {s: _score(metric, a, references=references) for s, a in answers.items()}
+        for name, metric in metrics.items()
+    }
     prompts = [[] if e.text is not None else list(e.asked[0]) for e in kept]
     return concluded(
         answers,
         scores,
+        metrics=metrics,
         examples=kept,
         prompts=prompts,
         references=references,
@@ -219,14 +226,14 @@ def _fitting(examples: list[Example], *, systems: list[System], rendered: _Rende
     ]
 
 
-def _check_metrics(names: tuple[str, ...], examples: list[Example]) -> None:
-    if odd := [n for n in names if METRICS[n].reads in ("classes", "numbers")]:
+def _check_metrics(metrics: dict[str, Metric], examples: list[Example]) -> None:
+    if odd := [n for n, metric in metrics.items() if metric.reads in ("classes", "numbers")]:
         fitting = ", ".join(n for n, m in METRICS.items() if m.reads in ("text", "likelihood"))
         raise RecipeError(
             f"evaluate.metrics: '{odd[0]}' reads a head, and this run writes text", hint=f"there are {fitting}"
         )
     if examples[0].text is not None:
-        bad = [n for n in names if METRICS[n].reads == "text"]
+        bad = [n for n, metric in metrics.items() if metric.reads == "text"]
         if bad:
             raise DataError(
                 f"metric '{bad[0]}' needs answers, and these rows are plain text",
@@ -304,12 +311,11 @@ def _likelihood(model: Model, rows: list[list[Sequence]]) -> tuple[np.ndarray, n
     return nll_B, tokens_B
 
 
-def _score(name: str, answers: Answers, *, references: list[str]) -> np.ndarray:
-    metric = METRICS[name]
+def _score(metric: Metric, answers: Answers, *, references: list[str]) -> np.ndarray:
     if metric.reads == "text":
         assert answers.texts is not None
         return metric.score_rows(answers.texts, references)
-    if name == "perplexity":
+    if metric.name == "perplexity":
         return metric.score_rows(negative_log_likelihood=answers.nll_B, tokens=answers.tokens_B)
     bytes_B = np.array([max(1, len(r.encode())) for r in references], dtype=np.float64)
     return metric.score_rows(negative_log_likelihood=answers.nll_B, bytes=bytes_B)

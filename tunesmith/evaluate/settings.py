@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from tunesmith.evaluate.adherence import compiled
 from tunesmith.evaluate.metrics import METRICS
 
 RESOLVED = {"resolved": True}  # the validation context of recipes in which every default is spelled out
@@ -11,6 +12,7 @@ RESOLVED = {"resolved": True}  # the validation context of recipes in which ever
 
 SystemName = Literal["base", "few_shot", "retrieval", "tuned_retrieval", "majority", "mean", "median"]
 LOOKING_UP = ("retrieval", "tuned_retrieval")
+READ_BY = {"json_schema": "json_schema", "pattern": "pattern_match"}  # settings, and the metric that each is for
 
 
 class EvaluateSettings(BaseModel):
@@ -42,6 +44,14 @@ class EvaluateSettings(BaseModel):
     every: int | None = Field(
         default=None, ge=1, description="read general every so many optimiser steps while training"
     )
+    json_schema: str | None = Field(
+        default=None,
+        description="a file with a JSON schema for the answers; adds the metric `json_schema` to the default ones",
+    )
+    pattern: str | None = Field(
+        default=None,
+        description="a regular expression for the whole answer; adds the metric `pattern_match` to the default ones",
+    )
     gate: dict[str, str] | None = Field(
         default=None, description="rules that must hold, or `evaluate` ends with status 3 (see docs/evaluation.md)"
     )
@@ -49,6 +59,11 @@ class EvaluateSettings(BaseModel):
     max_tokens: int = Field(default=256, ge=1, description="longest generated answer in tokens")
     batch_rows: int = Field(default=64, ge=1, description="answers generated at a time; bounds memory, not the result")
     seed: int = Field(default=0, ge=0, description="of the choice of rows and few-shot examples, and of the bootstrap")
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """The metrics that are measured beside the default ones, since there is a setting for each."""
+        return tuple(metric for name, metric in READ_BY.items() if getattr(self, name) is not None)
 
     @field_validator("metrics")
     @classmethod
@@ -63,6 +78,13 @@ class EvaluateSettings(BaseModel):
                     + (f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(METRICS)}")
                 )
         return metrics
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            compiled(pattern)
+        return pattern
 
     @field_validator("gate")
     @classmethod
@@ -84,6 +106,12 @@ class EvaluateSettings(BaseModel):
                 raise ValueError(f"{name} has no effect without general")
         if self.gate is not None and "general" in self.gate and self.general is None:
             raise ValueError("gate asks about general, and general names no file")
+        for name, metric in READ_BY.items():
+            given = getattr(self, name) is not None
+            if given and self.metrics is not None and metric not in self.metrics:
+                raise ValueError(f"{name} has no effect because `metrics` does not name {metric}")
+            if not given and metric in (self.metrics or ()):
+                raise ValueError(f"metric '{metric}' needs {name}")
         for name in ("look_up", "documents"):
             if name in self.model_fields_set and not set(self.against or ()) & set(LOOKING_UP):
                 raise ValueError(f"{name} has no effect because `against` names none of {', '.join(LOOKING_UP)}")

@@ -1,0 +1,23 @@
+"""The metrics of an evaluation, each with what it needs from the settings read and checked."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from tunesmith.evaluate.adherence import compiled, read_schema
+from tunesmith.evaluate.metric import Metric
+from tunesmith.evaluate.metrics import METRICS
+from tunesmith.evaluate.settings import EvaluateSettings
+
+READ: dict[str, Callable[[Any], Any]] = {"json_schema": read_schema, "pattern": compiled}
+
+
+def chosen(names: Iterable[str], *, settings: EvaluateSettings) -> dict[str, Metric]:
+    """The metrics of these names, ready to score. RecipeError or NotFoundError where what one needs is not usable."""
+    return {name: _ready(METRICS[name], settings=settings) for name in names}
+
+
+def _ready(metric: Metric, *, settings: EvaluateSettings) -> Metric:
+    given = {name: READ[name](getattr(settings, name)) for name in metric.needs}
+    return replace(metric, score=partial(metric.score, **given)) if given else metric
