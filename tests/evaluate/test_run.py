@@ -415,3 +415,23 @@ def test_a_setting_adds_its_metric_behind_the_default_ones(tuned, template):
     assert (chosen["primary"], chosen["verdict"]) == ("pattern_match", "undecided")
     with pytest.raises(DataError, match="'pattern_match' needs answers"):
         evaluate(tuned_and_base(tuned), template, examples=TEXTS, pattern="a")
+
+
+def test_a_metric_of_ones_own_decides_the_verdict(tuned, template, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_run.py").write_text(
+        "def short(p, r):\n    return -len(p)\n\n\ndef said(p, r, row):\n    return p != ''\n"
+    )
+    names = ("own_run:short", "own_run:said")
+    evaluation = evaluate(tuned_and_base(tuned), template, metrics=names)
+    document = evaluation.document
+    assert (document["primary"], list(document["metrics"])) == (names[0], list(names))
+    assert [document["metrics"][n]["differences"]["tuned - base"]["test"] for n in names] == ["permutation", "mcnemar"]
+    assert set(document["own_metrics"]) == set(names)
+    for row in evaluation.rows:
+        for system in ("base", "tuned"):
+            assert row["scores"][system] == {
+                names[0]: -len(row["outputs"][system]),
+                names[1]: row["outputs"][system] != "",
+            }

@@ -15,6 +15,7 @@ from typing import Any
 from tunesmith.errors import RecipeError
 from tunesmith.evaluate.general import non_inferiority
 from tunesmith.evaluate.metrics import METRICS
+from tunesmith.evaluate.own import is_own
 from tunesmith.evaluate.statistics import SIGNIFICANCE, decimals, p_text
 
 GENERAL = "general"
@@ -26,7 +27,7 @@ NOT_WORSE = re.compile(rf"not worse(?: than ([a-z_]+))? by ({NUMBER})")
 
 def check_rule(metric: str, rule: str) -> None:
     """ValueError for a rule that means nothing."""
-    if metric != GENERAL and metric not in METRICS:
+    if metric != GENERAL and metric not in METRICS and not is_own(metric):
         raise ValueError(f"there is no metric '{metric}'")
     if not (LIMIT.fullmatch(rule) or BETTER.fullmatch(rule) or NOT_WORSE.fullmatch(rule)):
         raise ValueError(f"'{rule}' is no rule; write '> base', '> 0.8', '< 0.5' or 'not worse by 0.02'")

@@ -24,8 +24,9 @@ from tunesmith.data.answers import Answer, Classes, Numbers, Tags
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example, Message, Sequence
 from tunesmith.errors import RecipeError
-from tunesmith.evaluate.chosen import chosen
+from tunesmith.evaluate.chosen import chosen, with_examples
 from tunesmith.evaluate.metrics import METRICS
+from tunesmith.evaluate.own import is_own, settled
 from tunesmith.evaluate.result import UNTUNED, Answers, Evaluation, concluded, drawn
 from tunesmith.evaluate.run import PACK_TOKENS, System, only_last
 from tunesmith.evaluate.settings import EvaluateSettings
@@ -162,11 +163,12 @@ def evaluate_heads(
     metrics = chosen(_metrics(objective, settings=settings, answers=answers), settings=settings)
     for name, metric in metrics.items():
         scores[name] = {
-            system: metric.score_rows(a.texts or [], references)
+            system: metric.score_rows(a.texts or [], references, **with_examples(metric, kept))
             if metric.reads == "text"
             else metric.score_rows(predicted=a.predicted, truth=truth)
             for system, a in answers.items()
         }
+    metrics = {name: settled(metric, scores[name]) for name, metric in metrics.items()}
     return concluded(
         answers,
         scores,
@@ -198,7 +200,7 @@ def _metrics(objective: Headed, *, settings: EvaluateSettings, answers: dict[str
     reads = METRICS[objective.metrics[0]].reads
     if settings.metrics is not None:
         for name in settings.metrics:
-            if METRICS[name].reads not in (reads, "text"):
+            if not is_own(name) and METRICS[name].reads not in (reads, "text"):
                 fitting = ", ".join(n for n, m in METRICS.items() if m.reads == reads)
                 raise RecipeError(
                     f"evaluate.metrics: '{name}' does not fit a {objective.kind_name}", hint=f"there are {fitting}"

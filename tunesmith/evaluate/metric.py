@@ -60,7 +60,7 @@ class Metric:
         `negative_log_likelihood` (nats, summed over the row's target tokens) and `tokens` or `bytes`; for "classes",
         "numbers" and "tags" `predicted` (Classes, Numbers, Tags) and `truth` ([B, K] bool, [B], or tags of each row).
     right_or_wrong: rows are 0 or 1, so two systems are compared with McNemar's exact test.
-    needs: settings of `evaluate` that the score takes as keywords, as `chosen.py` reads them.
+    needs: what the score takes as keywords: settings of `evaluate`, as `chosen.py` reads them, and `examples`.
     """
 
     name: str

@@ -13,6 +13,7 @@ from tunesmith.data.types import Example, Message
 from tunesmith.errors import DataError
 from tunesmith.evaluate.metric import Metric
 from tunesmith.evaluate.metrics import METRICS
+from tunesmith.evaluate.own import is_own, own_digest
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.evaluate.statistics import compare, interval, verdict
 from tunesmith.storage import write_json, write_text
@@ -92,6 +93,8 @@ def concluded(
     document = _document(
         compared, answers, run=run, data=data, primary=next(iter(scores)), rows=len(examples), seed=settings.seed
     )
+    if own := {name: own_digest(name) for name in scores if is_own(name)}:
+        document["own_metrics"] = own
     keys = "".join(example.key for example in examples)
     document["few_shot_examples"] = num_shots
     document["rows_sha256"] = hashlib.sha256(keys.encode()).hexdigest()  # what two runs must share to be compared

@@ -18,9 +18,10 @@ from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example, Message, Sequence
 from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.evaluate.answered import Answered
-from tunesmith.evaluate.chosen import chosen
+from tunesmith.evaluate.chosen import chosen, with_examples
 from tunesmith.evaluate.metric import Metric
 from tunesmith.evaluate.metrics import METRICS
+from tunesmith.evaluate.own import settled
 from tunesmith.evaluate.result import Answers, Evaluation, concluded, drawn
 from tunesmith.evaluate.retrieval import Lookup
 from tunesmith.evaluate.settings import EvaluateSettings
@@ -194,9 +195,10 @@ def evaluate_systems(
             )
     references = [reference_of(e, template=template) for e in kept]
     scores = {
-        name: {s: _score(metric, a, references=references) for s, a in answers.items()}
+        name: {s: _score(metric, a, references=references, examples=kept) for s, a in answers.items()}
         for name, metric in metrics.items()
     }
+    metrics = {name: settled(metric, scores[name]) for name, metric in metrics.items()}
     prompts = [[] if e.text is not None else list(e.asked[0]) for e in kept]
     return concluded(
         answers,
@@ -311,10 +313,10 @@ def _likelihood(model: Model, rows: list[list[Sequence]]) -> tuple[np.ndarray, n
     return nll_B, tokens_B
 
 
-def _score(metric: Metric, answers: Answers, *, references: list[str]) -> np.ndarray:
+def _score(metric: Metric, answers: Answers, *, references: list[str], examples: list[Example]) -> np.ndarray:
     if metric.reads == "text":
         assert answers.texts is not None
-        return metric.score_rows(answers.texts, references)
+        return metric.score_rows(answers.texts, references, **with_examples(metric, examples))
     if metric.name == "perplexity":
         return metric.score_rows(negative_log_likelihood=answers.nll_B, tokens=answers.tokens_B)
     bytes_B = np.array([max(1, len(r.encode())) for r in references], dtype=np.float64)

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from tunesmith.evaluate.adherence import compiled
 from tunesmith.evaluate.metrics import METRICS
+from tunesmith.evaluate.own import is_own
 
 RESOLVED = {"resolved": True}  # the validation context of recipes in which every default is spelled out
 
@@ -21,7 +22,9 @@ class EvaluateSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     metrics: tuple[str, ...] | None = Field(
-        default=None, description="which metrics; by default what fits the answers (see docs/evaluation.md)"
+        default=None,
+        description="which metrics, or functions of your own as `package.module:function`; by default what fits the answers "
+        "(see docs/evaluation.md)",
     )
     against: tuple[SystemName, ...] | None = Field(
         default=None,
@@ -69,7 +72,7 @@ class EvaluateSettings(BaseModel):
     @classmethod
     def _known(cls, metrics: tuple[str, ...] | None) -> tuple[str, ...] | None:
         for name in metrics or ():
-            if name not in METRICS:
+            if name not in METRICS and not is_own(name):
                 import difflib
 
                 near = difflib.get_close_matches(name, METRICS, n=1)
