@@ -114,12 +114,15 @@ def _rate(method: Any) -> str:
     return np.format_float_scientific(method.learning_rate, trim="-", exp_digits=1)
 
 
+READS = {"text": "the answer", "samples": "drawn answers"}
+
+
 def _metrics() -> str:
     rows = [
         (
             f"`{name}`",
             "higher" if metric.higher_is_better else "lower",
-            "the answer" if metric.reads == "text" else "the likelihood",
+            READS.get(metric.reads, "the likelihood"),
             "McNemar" if metric.right_or_wrong else "permutation",
             metric.description,
         )

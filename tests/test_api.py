@@ -634,6 +634,25 @@ def test_a_schema_is_read_before_the_training(project):
     assert not list((project / "w").rglob("resolved.json"))
 
 
+def test_rows_keep_their_tests_through_preparation(project):
+    rows = [
+        json.loads(line) | {"t": [f"assert {i} >= 0", "x = 1"]}
+        for i, line in enumerate((project / "rows.jsonl").open())
+    ]
+    (project / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = "data={train: rows.jsonl, validation: 0.25, mapping: {prompt: prompt, completion: completion, tests: t}}"
+    with pytest.raises(RecipeError, match=r"data\.mapping\.tests has no effect"):
+        tune(project, data)
+    try:
+        run = tune(project, data, "evaluate={max_tokens: 4}", "train.max_steps=1")
+    except RecipeError as error:
+        assert "cannot be shut in" in error.message
+        pytest.skip(error.message)
+    document = evaluate(project, run).document
+    assert list(document["metrics"]) == ["code_passes", "chrf", "perplexity"]
+    assert document["primary"] == "code_passes"
+
+
 def test_base_and_tuned_may_look_up_rows_or_passages(original, shared, project):
     settings = EvaluateSettings(against=("base", "retrieval", "tuned_retrieval"), look_up=2, max_tokens=4)
     document = evaluate(original, shared, settings=settings).document

@@ -17,6 +17,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from tunesmith.data.settings import DataSettings, SelectSettings
 from tunesmith.errors import NotFoundError, RecipeError
+from tunesmith.evaluate.code import CODE_METRICS
+from tunesmith.evaluate.own import is_own
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.methods import METHODS, AnyMethod
 from tunesmith.methods.lora import Lora
@@ -80,6 +82,11 @@ class Recipe(BaseModel):
         if self.data.replay is not None and self.data.replay == self.evaluate.general:
             raise ValueError(
                 "data.replay is the file of evaluate.general, which must not be trained on: give two files"
+            )
+        asked = self.evaluate.metrics
+        if "tests" in self.data.mapping and asked and not any(name in CODE_METRICS or is_own(name) for name in asked):
+            raise ValueError(
+                f"data.mapping.tests has no effect because evaluate.metrics does not name {CODE_METRICS[0]}"
             )
         per_token = "perplexity" in (self.evaluate.metrics or ()) and "base" in (self.evaluate.against or ("base",))
         if per_token and self.objective.num_new_tokens:

@@ -19,6 +19,7 @@ from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example
 from tunesmith.errors import DataError, NotFoundError, RecipeError, StorageError
 from tunesmith.evaluate.chosen import chosen
+from tunesmith.evaluate.code import CODE_METRICS
 from tunesmith.evaluate.settings import RESOLVED
 from tunesmith.methods.base import num_trainable, set_trainable_dtype
 from tunesmith.models.base import (
@@ -168,7 +169,8 @@ def check_evaluation(recipe: Recipe) -> None:
         resolve(general)
     if documents is not None and not Path(documents).is_dir():
         raise NotFoundError("no such folder", file=documents, hint="evaluate.documents is a folder with text files")
-    names = (*(recipe.evaluate.metrics or ()), *recipe.evaluate.added)
+    tested = CODE_METRICS[:1] if "tests" in recipe.data.mapping else ()
+    names = (*(recipe.evaluate.metrics or tested), *recipe.evaluate.added)
     chosen(names, settings=recipe.evaluate)
 
 

@@ -13,9 +13,10 @@ import torch
 from tunesmith.data.pack import Pack
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.data.types import Example, Message, Origin
-from tunesmith.errors import DataError, ModelError
+from tunesmith.data.types import CodeTests, Example, Message, Origin
+from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.evaluate.run import Evaluation, System, choose_shots, default_metrics, evaluate_systems, prompt_messages
+from tunesmith.evaluate.sandbox import check_enforced
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.methods.lora import Lora, LoraLinear
 from tunesmith.models.load import Model
@@ -435,3 +436,25 @@ def test_a_metric_of_ones_own_decides_the_verdict(tuned, template, tmp_path, mon
                 names[0]: -len(row["outputs"][system]),
                 names[1]: row["outputs"][system] != "",
             }
+
+
+def test_rows_with_tests_are_code_and_several_answers_may_be_drawn(tuned, template):
+    try:
+        check_enforced()
+    except RecipeError as error:
+        pytest.skip(error.message)
+    # The answer stands in a comment: it passes but where it has a second line that is no code.
+    rows = [dataclasses.replace(e, tests=CodeTests("# ", "assert True")) for e in ROWS]
+    evaluation = evaluate(tuned_and_base(tuned), template, rows, samples=3, pass_at=2, temperature=1.5)
+    assert list(evaluation.document["metrics"]) == ["code_passes", "chrf", "perplexity", "pass_at_k"]
+    assert evaluation.document["pass_at"] == {"samples": 3, "pass_at": 2, "temperature": 1.5}
+    for row in evaluation.rows:
+        for system in ("base", "tuned"):
+            one_line = "\n" not in row["outputs"][system].strip() and "\r" not in row["outputs"][system].strip()
+            assert row["scores"][system]["code_passes"] == 1 or not one_line
+            assert row["scores"][system]["pass_at_k"] in (0, 2 / 3, 1)
+    again = evaluate(tuned_and_base(tuned), template, rows, samples=3, pass_at=2, temperature=1.5)
+    assert again.document["metrics"] == evaluation.document["metrics"]
+    with pytest.raises(DataError, match="no tests") as caught:
+        evaluate(tuned_and_base(tuned), template, [*rows[:3], ROWS[3]], metrics=("code_passes",))
+    assert caught.value.line == 4

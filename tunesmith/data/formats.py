@@ -14,7 +14,7 @@ from typing import Any
 from tunesmith.data.ledger import Problem
 from tunesmith.data.settings import PLACEHOLDER, DataSettings
 from tunesmith.data.sources import json_type, read_rows
-from tunesmith.data.types import Example, Label, Message, Row
+from tunesmith.data.types import CodeTests, Example, Label, Message, Row
 
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("input", "output"), ("question", "answer"))
 WORD_COLUMNS = ("words", "tokens")
@@ -54,6 +54,7 @@ class _Reading:
     tools: tuple[dict[str, Any], ...] = ()
     words: tuple[str, ...] = ()
     label: Label | None = None
+    tests: CodeTests | None = None
 
 
 def detect_form(value: Any) -> str:
@@ -134,6 +135,7 @@ def examine(row: Row, *, settings: DataSettings) -> Example | Problem:
         tools=reading.tools,
         words=reading.words,
         label=reading.label,
+        tests=reading.tests,
         columns={column: content for column, content in row.value.items() if column not in reading.used},
     )
 
@@ -264,10 +266,11 @@ def _read_mapped(value: dict[str, Any], *, mapping: dict[str, str]) -> _Reading:
         _column(value, column=mapping["messages"])
         reading = _conversation(value, form="chat", column=mapping["messages"])
         reading.used |= used
+        reading.tests = _tests(value, mapping=mapping)
         return reading
     if "words" in mapping:
         return _tagged(value, words=mapping["words"], tags=mapping["tags"])
-    filled = {key: _fill(text, value=value) for key, text in mapping.items() if key not in ("system", "label")}
+    filled = {key: _fill(text, value=value) for key, text in mapping.items() if key in ("prompt", "completion", "text")}
     if "label" in mapping:
         return _Reading("labelled", used, text=filled["text"], label=_label(value, column=mapping["label"]))
     if "text" in filled:
@@ -275,7 +278,21 @@ def _read_mapped(value: dict[str, Any], *, mapping: dict[str, str]) -> _Reading:
     messages = [Message("user", filled["prompt"]), Message("assistant", filled["completion"])]
     if "system" in mapping and (system := _fill(mapping["system"], value=value)).strip():
         messages.insert(0, Message("system", system))
-    return _Reading("prompt_completion", used, messages)
+    return _Reading("prompt_completion", used, messages, tests=_tests(value, mapping=mapping))
+
+
+def _tests(value: dict[str, Any], *, mapping: dict[str, str]) -> CodeTests | None:
+    """What is run with the answer; a column with a list of texts is one text with a line for each."""
+    if "tests" not in mapping:
+        return None
+    lines = {
+        column: "\n".join(content)
+        if isinstance(content, list) and all(isinstance(t, str) for t in content)
+        else content
+        for column, content in value.items()
+    }
+    before, after = (_fill(mapping[key], value=lines) if key in mapping else "" for key in ("before", "tests"))
+    return CodeTests(before, after)
 
 
 def _fill(text: str, *, value: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from tunesmith.data.sources import read_rows, resolve
 from tunesmith.data.split import is_in, side
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokens import TokenStore, TokenWriter, write_groups
-from tunesmith.data.types import Example, Message, Origin, Sequence
+from tunesmith.data.types import CodeTests, Example, Message, Origin, Sequence
 from tunesmith.errors import DataError, TemplateError
 from tunesmith.storage import code_digest, new_folder, sha256_file
 
@@ -116,16 +116,24 @@ class Prepared:
 def _to_json(example: Example) -> str:
     messages = [[m.role, m.content, m.weight, m.extra] for m in example.messages]
     value: list[Any] = [list(example.origin), example.form, messages, example.text, list(example.tools)]
-    if example.label is not None:
-        value += [example.words, example.label]
+    if example.label is not None or example.tests is not None:
+        value += [example.words, example.label, example.tests]
     return json.dumps(value, ensure_ascii=True, default=str)
 
 
 def _from_json(value: list[Any]) -> Example:
-    origin, form, messages, text, tools, *labelled = value
-    words, label = labelled or ((), None)
-    label = tuple(label) if isinstance(label, list) else label
-    return Example(Origin(*origin), form, tuple(Message(*m) for m in messages), text, tuple(tools), tuple(words), label)
+    origin, form, messages, text, tools, *more = value
+    words, label, tests = more or ((), None, None)
+    return Example(
+        Origin(*origin),
+        form,
+        tuple(Message(*m) for m in messages),
+        text,
+        tuple(tools),
+        tuple(words),
+        tuple(label) if isinstance(label, list) else label,
+        tests=None if tests is None else CodeTests(*tests),
+    )
 
 
 def prepare(

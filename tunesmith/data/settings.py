@@ -10,7 +10,7 @@ Form = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text"
 Findings = Literal[
     "near_duplicate", "contradiction", "contamination", "protected_text", "quality", "language", "label_error"
 ]
-MAPPING_KEYS = ("prompt", "completion", "system", "text", "label", "words", "tags", "messages")
+MAPPING_KEYS = ("prompt", "completion", "system", "text", "label", "words", "tags", "messages", "tests", "before")
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 
@@ -87,7 +87,8 @@ class DataSettings(BaseModel):
     mapping: dict[str, str] = Field(
         default_factory=dict,
         description="Which column is what, in files with columns of their own: `prompt` and `completion` (and"
-        " `system`), or `text` (and `label`: a class, a list of classes or a number), or `words` and `tags`, or `messages`."
+        " `system`), or `text` (and `label`: a class, a list of classes or a number), or `words` and `tags`, or `messages`;"
+        " beside an answer that is code `tests` that it is run with, and `before` for code in front of it."
         " A value with a `{column}` in it is a pattern filled from the row.",
     )
     system: str | None = Field(default=None, description="A system prompt for the conversations that have none.")
@@ -198,6 +199,10 @@ class DataSettings(BaseModel):
             yield "`mapping.label` goes with `text` only"
         if "system" in keys and "prompt" not in keys:
             yield "`mapping.system` goes with `prompt` and `completion` only"
+        if "tests" in keys and not keys & {"prompt", "messages"}:
+            yield "`mapping.tests` goes with `prompt` and `completion`, or with `messages`"
+        if "before" in keys and "tests" not in keys:
+            yield "`mapping.before` goes with `tests` only"
         for key in ("messages", "words", "tags"):
             if key in keys and PLACEHOLDER.search(self.mapping[key]):
                 yield f"`mapping.{key}` is a column name, not a pattern"

@@ -46,12 +46,20 @@ class Message:
         return {"role": self.role, "content": self.content, **self.extra}
 
 
+class CodeTests(NamedTuple):
+    """What is run with an answer that is code: code before it, and statements after it that raise where it is wrong."""
+
+    before: str
+    after: str
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """What a row means: a conversation with trained assistant turns, plain text (`text` is not None), or words.
 
     `form` is one of `chat`, `prompt_completion`, `alpaca`, `sharegpt`, `text`, `labelled` (a text and its `label`: a
     class, several, or a number) and `tagged` (`words`, and in `label` a tag for each). `columns` keeps the other fields.
+    `tests` are those of an answer that is code.
     """
 
     origin: Origin
@@ -62,6 +70,7 @@ class Example:
     words: tuple[str, ...] = ()
     label: Label | None = None
     columns: dict[str, Any] = field(default_factory=dict)
+    tests: CodeTests | None = None
 
     @property
     def plain_text(self) -> str | None:

@@ -7,12 +7,18 @@ from typing import Any
 
 from tunesmith.data.types import Example
 from tunesmith.evaluate.adherence import compiled, read_schema
+from tunesmith.evaluate.code import enforced_seconds
 from tunesmith.evaluate.metric import Metric
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.own import is_own, own_metric
 from tunesmith.evaluate.settings import EvaluateSettings
 
-READ: dict[str, Callable[[Any], Any]] = {"json_schema": read_schema, "pattern": compiled}
+READ: dict[str, Callable[[Any], Any]] = {
+    "json_schema": read_schema,
+    "pattern": compiled,
+    "code_seconds": enforced_seconds,
+    "pass_at": int,
+}
 
 
 def chosen(names: Iterable[str], *, settings: EvaluateSettings) -> dict[str, Metric]:

@@ -57,8 +57,9 @@ class Metric:
     """One way to score.
 
     score: (predictions, references) -> rows for `reads == "text"`; for `reads == "likelihood"` keyword arrays [B]:
-        `negative_log_likelihood` (nats, summed over the row's target tokens) and `tokens` or `bytes`; for "classes",
-        "numbers" and "tags" `predicted` (Classes, Numbers, Tags) and `truth` ([B, K] bool, [B], or tags of each row).
+        `negative_log_likelihood` (nats, summed over the row's target tokens) and `tokens` or `bytes`; for "samples" the
+        keyword `samples` (the drawn answers of each row); for "classes", "numbers" and "tags" `predicted` (Classes,
+        Numbers, Tags) and `truth` ([B, K] bool, [B], or tags of each row).
     right_or_wrong: rows are 0 or 1, so two systems are compared with McNemar's exact test.
     needs: what the score takes as keywords: settings of `evaluate`, as `chosen.py` reads them, and `examples`.
     """
@@ -69,7 +70,7 @@ class Metric:
     aggregate: Aggregate
     higher_is_better: bool = True
     right_or_wrong: bool = False
-    reads: Literal["text", "likelihood", "classes", "numbers", "tags"] = "text"
+    reads: Literal["text", "likelihood", "classes", "numbers", "tags", "samples"] = "text"
     needs: tuple[str, ...] = ()
 
     def score_rows(self, predictions: Sequence[str] = (), references: References = (), **context: Any) -> Floats:

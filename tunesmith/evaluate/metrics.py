@@ -15,6 +15,7 @@ import numpy as np
 from tunesmith.data.answers import Floats
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluate.adherence import MISSING, parse_json, pattern_rows, schema_rows
+from tunesmith.evaluate.code import pass_at_k_rows, passing_rows
 from tunesmith.evaluate.head_metrics import HEAD_METRICS
 from tunesmith.evaluate.metric import FRACTION, Aggregate, Metric
 
@@ -294,6 +295,22 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             "number_match", "the last number is the reference's", best_of(number_match), FRACTION, right_or_wrong=True
+        ),
+        Metric(
+            "code_passes",
+            "the answer is code that passes the tests of its row",
+            passing_rows,
+            FRACTION,
+            right_or_wrong=True,
+            needs=("examples", "code_seconds"),
+        ),
+        Metric(
+            "pass_at_k",
+            "the chance that of evaluate.pass_at drawn answers at least one passes the tests of its row",
+            pass_at_k_rows,
+            FRACTION,
+            reads="samples",
+            needs=("examples", "code_seconds", "pass_at"),
         ),
         Metric(
             "perplexity",

@@ -26,6 +26,7 @@ class Answers:
     """What a system made of the rows: its answers, the likelihood of the references, or what its head says."""
 
     texts: list[str] | None = None
+    samples: list[list[str]] | None = None
     nll_B: np.ndarray = field(default_factory=lambda: np.zeros(0))
     tokens_B: np.ndarray = field(default_factory=lambda: np.zeros(0))
     predicted: Answer | None = None
@@ -93,6 +94,8 @@ def concluded(
     document = _document(
         compared, answers, run=run, data=data, primary=next(iter(scores)), rows=len(examples), seed=settings.seed
     )
+    if settings.samples is not None:
+        document["pass_at"] = settings.model_dump(include={"pass_at", "samples", "temperature"})
     if own := {name: own_digest(name) for name in scores if is_own(name)}:
         document["own_metrics"] = own
     keys = "".join(example.key for example in examples)

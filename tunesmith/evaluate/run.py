@@ -19,6 +19,7 @@ from tunesmith.data.types import Example, Message, Sequence
 from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.evaluate.answered import Answered
 from tunesmith.evaluate.chosen import chosen, with_examples
+from tunesmith.evaluate.code import CODE_METRICS, tests_of
 from tunesmith.evaluate.metric import Metric
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.own import settled
@@ -32,6 +33,7 @@ from tunesmith.objectives.base import Objective
 
 SHORT_ANSWER_CHARACTERS = 40
 PACK_TOKENS = 4096
+GENERATED = ("text", "samples")  # what metrics read that is generated
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,11 @@ def prompt_messages(example: Example, *, shots: tuple[Example, ...], plain: bool
 
 
 def default_metrics(examples: list[Example]) -> tuple[str, ...]:
-    """What fits the answers: JSON, short labels, or prose. The first one decides the verdict."""
+    """What fits the answers: code with tests, JSON, short labels, or prose. The first one decides the verdict."""
     if examples[0].text is not None:
         return ("bits_per_byte", "perplexity")
+    if examples[0].tests is not None:
+        return ("code_passes", "chrf", "perplexity")
     answers = [e.asked[1].content.strip() for e in examples]
     if all(a.startswith(("{", "[")) for a in answers):
         return ("exact_match", "json_fields", "json_valid", "perplexity")
@@ -180,7 +184,7 @@ def evaluate_systems(
         names = _of_text(names, chosen=bool(settings.metrics))
     metrics = chosen(names, settings=settings)
     _check_metrics(metrics, kept)
-    generated = any(metric.reads == "text" for metric in metrics.values())
+    generated = any(metric.reads in GENERATED for metric in metrics.values())
     answers: dict[str, Answers] = {}
     for system in systems:
         on_progress(f"{system.name}: {len(kept):,} rows")
@@ -235,13 +239,16 @@ def _check_metrics(metrics: dict[str, Metric], examples: list[Example]) -> None:
             f"evaluate.metrics: '{odd[0]}' reads a head, and this run writes text", hint=f"there are {fitting}"
         )
     if examples[0].text is not None:
-        bad = [n for n, metric in metrics.items() if metric.reads == "text"]
+        bad = [n for n, metric in metrics.items() if metric.reads in GENERATED]
         if bad:
             raise DataError(
                 f"metric '{bad[0]}' needs answers, and these rows are plain text",
                 file=examples[0].origin.file,
                 hint="use perplexity or bits_per_byte",
             )
+    if set(metrics) & set(CODE_METRICS):
+        for example in examples:
+            tests_of(example)
 
 
 def _of_text(names: tuple[str, ...], *, chosen: bool) -> tuple[str, ...]:
@@ -273,16 +280,16 @@ def _answer(
         started = time.perf_counter()
         nll_B, tokens_B = _likelihood(system.model, rows)
         found: dict[str, Any] = {"nll": nll_B.tolist(), "tokens": tokens_B.tolist(), "texts": None, "answer_tokens": 0}
-        found["prompt_tokens"] = sum(map(len, ids))
+        found |= {"samples": None, "prompt_tokens": sum(map(len, ids))}
         if generated:
             generator = Generator(system.model, stop_ids=template.stop_ids(), batch_rows=settings.batch_rows)
-            completions = generator.generate(ids, sampling=Sampling(max_tokens=settings.max_tokens))
-            found["texts"] = [c.text for c in completions]
-            found["answer_tokens"] = sum(len(c.tokens) for c in completions)
+            found |= _generated(generator, ids, settings=settings)
         return found | {"seconds": time.perf_counter() - started}
 
     def asked() -> Iterator[bytes]:
         yield json.dumps([generated, settings.max_tokens, sorted(template.stop_ids()), ids]).encode()
+        if settings.samples is not None:
+            yield json.dumps([settings.samples, settings.temperature, settings.seed]).encode()
         for sequence in (sequence for sequences in rows for sequence in sequences):
             yield sequence.tokens_T.tobytes()
             yield sequence.weight_T.tobytes()
@@ -291,12 +298,26 @@ def _answer(
     found = ask() if system.answered is None else system.answered.get(asked(), ask=ask)
     return Answers(
         found["texts"],
+        found["samples"],
         nll_B=np.array(found["nll"]),
         tokens_B=np.array(found["tokens"]),
         prompt_tokens=found["prompt_tokens"],
         answer_tokens=found["answer_tokens"],
         seconds=found["seconds"],
     )
+
+
+def _generated(generator: Generator, ids: list[list[int]], *, settings: EvaluateSettings) -> dict[str, Any]:
+    """The greedy answer to each prompt, and those that are drawn."""
+    completions = generator.generate(ids, sampling=Sampling(max_tokens=settings.max_tokens))
+    samples: list[list[str]] | None = None
+    if settings.samples is not None:
+        sampling = Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature, seed=settings.seed)
+        drawn = generator.generate([prompt for prompt in ids for _ in range(settings.samples)], sampling=sampling)
+        starts = range(0, len(drawn), settings.samples)
+        samples = [[c.text for c in drawn[start : start + settings.samples]] for start in starts]
+    num_tokens = sum(len(c.tokens) for c in completions)
+    return {"texts": [c.text for c in completions], "samples": samples, "answer_tokens": num_tokens}
 
 
 def _likelihood(model: Model, rows: list[list[Sequence]]) -> tuple[np.ndarray, np.ndarray]:
@@ -314,6 +335,8 @@ def _likelihood(model: Model, rows: list[list[Sequence]]) -> tuple[np.ndarray, n
 
 
 def _score(metric: Metric, answers: Answers, *, references: list[str], examples: list[Example]) -> np.ndarray:
+    if metric.reads == "samples":
+        return metric.score_rows(samples=answers.samples, examples=examples)
     if metric.reads == "text":
         assert answers.texts is not None
         return metric.score_rows(answers.texts, references, **with_examples(metric, examples))

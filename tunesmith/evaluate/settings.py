@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from tunesmith.evaluate.adherence import compiled
+from tunesmith.evaluate.code import CODE_METRICS
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.own import is_own
 
@@ -13,7 +14,11 @@ RESOLVED = {"resolved": True}  # the validation context of recipes in which ever
 
 SystemName = Literal["base", "few_shot", "retrieval", "tuned_retrieval", "majority", "mean", "median"]
 LOOKING_UP = ("retrieval", "tuned_retrieval")
-READ_BY = {"json_schema": "json_schema", "pattern": "pattern_match"}  # settings, and the metric that each is for
+READ_BY = {
+    "json_schema": "json_schema",
+    "pattern": "pattern_match",
+    "samples": "pass_at_k",
+}  # settings, and the metric that each is for
 
 
 class EvaluateSettings(BaseModel):
@@ -54,6 +59,14 @@ class EvaluateSettings(BaseModel):
     pattern: str | None = Field(
         default=None,
         description="a regular expression for the whole answer; adds the metric `pattern_match` to the default ones",
+    )
+    samples: int | None = Field(
+        default=None, ge=1, description="answers drawn for each row; adds the metric `pass_at_k` to the default ones"
+    )
+    temperature: float = Field(default=0.8, ge=0.001, description="with which `samples` are drawn")
+    pass_at: int = Field(default=1, ge=1, description="the k of `pass_at_k`, at most `samples`")
+    code_seconds: int = Field(
+        default=5, ge=1, description="processor time that an answer's code may take with its tests"
     )
     gate: dict[str, str] | None = Field(
         default=None, description="rules that must hold, or `evaluate` ends with status 3 (see docs/evaluation.md)"
@@ -115,6 +128,13 @@ class EvaluateSettings(BaseModel):
                 raise ValueError(f"{name} has no effect because `metrics` does not name {metric}")
             if not given and metric in (self.metrics or ()):
                 raise ValueError(f"metric '{metric}' needs {name}")
+        for name in ("temperature", "pass_at"):
+            if name in self.model_fields_set and self.samples is None:
+                raise ValueError(f"{name} has no effect without samples")
+        if self.samples is not None and self.pass_at > self.samples:
+            raise ValueError(f"pass_at is {self.pass_at} and samples are {self.samples}; draw as many or more")
+        if "code_seconds" in self.model_fields_set and self.metrics and not set(self.metrics) & set(CODE_METRICS):
+            raise ValueError(f"code_seconds has no effect because `metrics` names none of {', '.join(CODE_METRICS)}")
         for name in ("look_up", "documents"):
             if name in self.model_fields_set and not set(self.against or ()) & set(LOOKING_UP):
                 raise ValueError(f"{name} has no effect because `against` names none of {', '.join(LOOKING_UP)}")
