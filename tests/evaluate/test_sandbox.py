@@ -147,6 +147,8 @@ def test_it_reaches_nothing_outside(tmp_path):
         "import os\nos.setpriority(os.PRIO_PROCESS, 0, 10)",
         "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (100, 100))",
         f"import resource\nresource.prlimit({os.getpid()}, resource.RLIMIT_CPU)",
+        f"import fcntl\nfcntl.fcntl(0, fcntl.F_SETOWN, {os.getpid()})",
+        "import fcntl, os\nfcntl.fcntl(0, fcntl.F_SETFL, os.O_ASYNC)",
         "import os\nos.memfd_create('x')",
         "import mmap\nmmap.mmap(-1, 1 << 31)",
     ):
@@ -206,19 +208,26 @@ def test_the_filter_allows_the_list_and_nothing_else(monkeypatch):
         program = filter_program()
         allowed = {numbers[column] for numbers in ALLOWED.values()} - {None}
         found = {
-            number for number in range(-1, 600) if number >= 0 and decided(program, architecture, number, 7) == "allow"
+            number
+            for number in range(-1, 600)
+            if number >= 0 and decided(program, architecture, number, 7, 7) == "allow"
         }
         assert found == allowed
         assert len(allowed) == sum(numbers[column] is not None for numbers in ALLOWED.values())
-        limit = {"x86_64": 302, "aarch64": 261}[machine]
+        limit, control = {"x86_64": (302, 72), "aarch64": (261, 25)}[machine]
         assert [decided(program, architecture, limit, pid) for pid in (0, 1)] == ["allow", "refuse"]
+        commands = [
+            command for command in range(2000) if decided(program, architecture, control, 5, command) == "allow"
+        ]
+        assert commands == [0, 1, 2, 3, 1030]
         assert decided(program, 1, 0, 0) == "kill"
         assert decided(program, architecture, 0x40000000 | 1, 0) == "refuse"
 
 
-def decided(program: list[tuple[int, int, int, int]], architecture: int, number: int, argument: int) -> str:
+def decided(program: list[tuple[int, int, int, int]], architecture: int, number: int, *arguments: int) -> str:
     """What the kernel would do: a plain reading of the program."""
-    data, value, place = {0: number, 4: architecture, 16: argument}, 0, 0
+    data = {0: number, 4: architecture} | {16 + 8 * place: argument for place, argument in enumerate(arguments)}
+    value, place = 0, 0
     while True:
         code, equal, other, operand = program[place]
         place += 1

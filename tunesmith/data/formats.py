@@ -291,8 +291,7 @@ def _tests(value: dict[str, Any], *, mapping: dict[str, str]) -> CodeTests | Non
         else content
         for column, content in value.items()
     }
-    before, after = (_fill(mapping[key], value=lines) if key in mapping else "" for key in ("before", "tests"))
-    return CodeTests(before, after)
+    return CodeTests(*(_fill(mapping[key], value=lines) if key in mapping else "" for key in ("before", "tests")))
 
 
 def _fill(text: str, *, value: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ ALLOWED = {
     "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "pread64": (17, 67),
     "readv": (19, 65), "writev": (20, 66), "access": (21, None), "select": (23, None), "sched_yield": (24, 124),
     "mremap": (25, 216), "madvise": (28, 233), "dup": (32, 23), "nanosleep": (35, 101), "getpid": (39, 172),
-    "exit": (60, 93), "uname": (63, 160), "fcntl": (72, 25), "getdents": (78, None), "getcwd": (79, 17),
+    "exit": (60, 93), "uname": (63, 160), "getdents": (78, None), "getcwd": (79, 17),
     "readlink": (89, None), "gettimeofday": (96, 169), "getrusage": (98, 165), "times": (100, 153), "getuid": (102, 174),
     "getgid": (104, 176), "geteuid": (107, 175), "getegid": (108, 177), "getppid": (110, 173), "sigaltstack": (131, 132),
     "gettid": (186, 178), "time": (201, None), "futex": (202, 98), "sched_getaffinity": (204, 123),
@@ -45,7 +45,11 @@ ALLOWED = {
     "readlinkat": (267, 78), "faccessat": (269, 48), "pselect6": (270, 72), "set_robust_list": (273, 99),
     "getrandom": (318, 278), "membarrier": (324, 283), "statx": (332, 291), "rseq": (334, 293), "faccessat2": (439, 439),
 }  # fmt: skip
-PRLIMIT = (302, 261)  # allowed of this process alone
+# Those allowed with some arguments alone: numbers, which argument, its values.
+ALLOWED_WITH = {
+    "prlimit64": ((302, 261), 0, (0,)),  # of this process
+    "fcntl": ((72, 25), 1, (0, 1, 2, 3, 1030)),  # copies and flags; F_SETOWN would send signals to others
+}
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 LOAD, JUMP_EQUAL, RETURN = 0x20, 0x15, 0x06  # of a classic BPF program
 NUMBER_AT, ARCHITECTURE_AT, FIRST_ARGUMENT_AT = 0, 4, 16  # in struct seccomp_data
@@ -96,9 +100,13 @@ def filter_program() -> "list[tuple[int, int, int, int]]":
         number = numbers[column]
         if number is not None:
             program += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
-    program += [(JUMP_EQUAL, 0, 3, PRLIMIT[column]), (LOAD, 0, 0, FIRST_ARGUMENT_AT)]
-    program += [(JUMP_EQUAL, 0, 1, 0), (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE)]
-    return program
+    for numbers_with, argument, values in ALLOWED_WITH.values():
+        program += [(JUMP_EQUAL, 0, 2 * len(values) + 2, numbers_with[column])]
+        program += [(LOAD, 0, 0, FIRST_ARGUMENT_AT + 8 * argument)]
+        for value in values:
+            program += [(JUMP_EQUAL, 0, 1, value), (RETURN, 0, 0, ALLOW)]
+        program += [(RETURN, 0, 0, REFUSE)]
+    return [*program, (RETURN, 0, 0, REFUSE)]
 
 
 def restrict_calls(library: ctypes.CDLL) -> None:
