@@ -24,7 +24,7 @@ from pydantic_core import PydanticUndefined
 
 from tunesmith.data.settings import DataSettings, SelectSettings
 from tunesmith.evaluate.metrics import METRICS
-from tunesmith.evaluate.settings import EvaluateSettings
+from tunesmith.evaluate.settings import EvaluateSettings, JudgeSettings
 from tunesmith.methods import METHODS
 from tunesmith.models.base import NewBase
 from tunesmith.objectives import OBJECTIVES, Objective
@@ -88,6 +88,7 @@ def render() -> str:
         *_kinds("method", METHODS, about=lambda kind: f"{kind.summary}; learning rate {_rate(kind)} by default"),
         _section("`train`", TrainSettings),
         _section("`evaluate`", EvaluateSettings),
+        _section("`evaluate.judge`", JudgeSettings, level=3),
         _section("`plan`", PlanSettings),
         _metrics(),
     ]

@@ -2,10 +2,13 @@
 
 import hashlib
 import html
+import http.server
 import json
 import math
+import re
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from tunesmith.models.load import Model, load_model
 from tunesmith.recipe import Recipe, load_recipe
 from tunesmith.registry import store
 from tunesmith.registry.workspace import Workspace
+from tunesmith.texts import evaluation_text
 from tunesmith.train.observers import Silent
 
 SUMMARY_KEYS = {
@@ -651,6 +655,45 @@ def test_rows_keep_their_tests_through_preparation(project):
     document = evaluate(project, run).document
     assert list(document["metrics"]) == ["code_passes", "chrf", "perplexity"]
     assert document["primary"] == "code_passes"
+
+
+class LongerWins(http.server.BaseHTTPRequestHandler):
+    """A judge at an OpenAI-compatible address."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        one, other = re.findall(r"\[Answer .\]\n(.*?)\n\[End of", body["messages"][1]["content"], re.DOTALL)
+        said = "[[C]]" if len(one) == len(other) else "[[A]]" if len(one) > len(other) else "[[B]]"
+        content = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_a_judge_compares_the_answers(project, monkeypatch):
+    with pytest.raises(RecipeError, match="NO_KEY is not set"):
+        tune(project, "evaluate.judge={url: 'http://127.0.0.1:9/v1', model: m, key_environment: NO_KEY}")
+    monkeypatch.setenv("A_KEY", "sk-0123456789")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), LongerWins) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        judge = f"{{url: 'http://127.0.0.1:{server.server_address[1]}/v1', model: longer, key_environment: A_KEY}}"
+        run = tune(project, f"evaluate.judge={judge}", "evaluate.metrics=[perplexity]", "train.max_steps=2")
+        document = evaluate(project, run).document
+        server.shutdown()
+    again = evaluate(project, run).document  # what was answered is kept, so nobody needs to be there
+    assert again["judge"] == document["judge"]
+    rows = [json.loads(line)["outputs"] for line in (run.path / "examples.jsonl").read_text().splitlines()]
+    for other in ("base", "few_shot"):
+        found = document["judge"]["pairs"][f"tuned - {other}"]
+        lengths = [(len(row["tuned"]), len(row[other])) for row in rows if row["tuned"].strip() != row[other].strip()]
+        assert (found["wins"], found["losses"]) == (sum(a > b for a, b in lengths), sum(a < b for a, b in lengths))
+    assert "What a judge says" in (run.path / "report.html").read_text()
+    assert document["judge"]["sentence"] in evaluation_text(document)
+    assert not any(b"sk-0123456789" in path.read_bytes() for path in (project / "w").rglob("*") if path.is_file())
 
 
 def test_base_and_tuned_may_look_up_rows_or_passages(original, shared, project):

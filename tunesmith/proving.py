@@ -9,6 +9,7 @@ from tunesmith.data.answers import Answer
 from tunesmith.data.types import Example, Message
 from tunesmith.errors import RecipeError
 from tunesmith.evaluate.heads import baseline, evaluate_heads, named_classes, systems_of, that_fit
+from tunesmith.evaluate.judge import prove_judged
 from tunesmith.evaluate.result import UNTUNED, Evaluation
 from tunesmith.evaluate.retrieval import PassageLookup, RowLookup, read_passages
 from tunesmith.evaluate.run import System, choose_shots, evaluate_systems, prompt_messages
@@ -55,7 +56,7 @@ def prove_text(
         lookup = _lookup(tuned, train(), settings=settings, room=room)
         of = {"retrieval": base, "tuned_retrieval": systems[0]}
         systems += [replace(of[name], name=name, lookup=lookup) for name in looking_up]
-    return evaluate_systems(
+    evaluation = evaluate_systems(
         systems,
         examples=examples,
         template=tuned.template,
@@ -65,6 +66,13 @@ def prove_text(
         data=data,
         on_progress=on_progress,
     )
+    if settings.judge is not None:
+        assert base.answered is not None, "what the base says is kept in the workspace's cache"
+        cache = base.answered.folder.with_name("judge")
+        evaluation.document["judge"] = prove_judged(
+            evaluation, settings=settings.judge, cache=cache, on_progress=on_progress
+        )
+    return evaluation
 
 
 def prove_head(

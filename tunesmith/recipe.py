@@ -319,5 +319,8 @@ def _resolved(recipe: Recipe, *, folder: Path) -> Recipe:
         objective = objective.model_copy(update={"teacher": path(objective.teacher_base)})
     named = {key: getattr(recipe.evaluate, key) for key in ("general", "documents", "json_schema")}
     evaluate = recipe.evaluate.model_copy(update={key: path(name) for key, name in named.items() if name is not None})
+    if evaluate.judge is not None and evaluate.judge.labels is not None:
+        judge = evaluate.judge.model_copy(update={"labels": path(evaluate.judge.labels)})
+        evaluate = evaluate.model_copy(update={"judge": judge})
     sections = {"data": data.model_copy(update=update), "base": base, "objective": objective, "evaluate": evaluate}
     return recipe.model_copy(update=sections)

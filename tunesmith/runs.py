@@ -20,6 +20,7 @@ from tunesmith.data.types import Example
 from tunesmith.errors import DataError, NotFoundError, RecipeError, StorageError
 from tunesmith.evaluate.chosen import chosen
 from tunesmith.evaluate.code import CODE_METRICS
+from tunesmith.evaluate.judge import check_judge
 from tunesmith.evaluate.settings import RESOLVED
 from tunesmith.methods.base import num_trainable, set_trainable_dtype
 from tunesmith.models.base import (
@@ -34,6 +35,7 @@ from tunesmith.models.base import (
 from tunesmith.models.extended import train_new_rows
 from tunesmith.models.heads import attach_head
 from tunesmith.models.load import Model, load_model
+from tunesmith.objectives.headed import Headed
 from tunesmith.recipe import Recipe
 from tunesmith.registry.index import Index
 from tunesmith.registry.store import Store
@@ -172,6 +174,12 @@ def check_evaluation(recipe: Recipe) -> None:
     tested = CODE_METRICS[:1] if "tests" in recipe.data.mapping else ()
     names = (*(recipe.evaluate.metrics or tested), *recipe.evaluate.added)
     chosen(names, settings=recipe.evaluate)
+    if recipe.evaluate.judge is not None:
+        if isinstance(recipe.objective, Headed):
+            raise RecipeError(
+                f"evaluate.judge compares answers, and a {recipe.objective.kind_name} gives none", hint="leave it out"
+            )
+        check_judge(recipe.evaluate.judge)
 
 
 def prepare_data(

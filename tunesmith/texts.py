@@ -73,6 +73,8 @@ def evaluation_text(document: dict[str, Any]) -> str:
         if general["right_before"]:
             where = ", ".join(flip["origin"] for flip in general["flips"][:5])
             parts.append(f"{general['right_before']:,} answers were right before and are wrong now: {where}")
+    if judge := document.get("judge"):
+        parts += ["", judge["sentence"]]
     if gate := document.get("gate"):
         rules = [["", "gate", "", "because"]]
         for rule in gate["rules"]:

@@ -51,6 +51,7 @@ def write_report(run_folder: Path) -> Path:
         "verdict": _verdict(evaluation, headline=headline, name=run.get("run") or run_folder.name),
         "scores": _scores(evaluation) if evaluation else None,
         "differences": _differences(evaluation) if evaluation else None,
+        "judge": evaluation.get("judge") if evaluation else None,
         "general": _general(evaluation["general"]) if evaluation and "general" in evaluation else None,
         "gate": (evaluation or {}).get("gate"),
         "curves": curves(run_folder / "metrics.jsonl", best_step=run.get("best_step")),

@@ -183,8 +183,8 @@ def evaluate_systems(
     if any(system.template is not None for system in systems):
         names = _of_text(names, chosen=bool(settings.metrics))
     metrics = chosen(names, settings=settings)
-    _check_metrics(metrics, kept)
-    generated = any(metric.reads in GENERATED for metric in metrics.values())
+    _check_metrics(metrics, kept, judged=settings.judge is not None)
+    generated = any(metric.reads in GENERATED for metric in metrics.values()) or settings.judge is not None
     answers: dict[str, Answers] = {}
     for system in systems:
         on_progress(f"{system.name}: {len(kept):,} rows")
@@ -232,7 +232,7 @@ def _fitting(examples: list[Example], *, systems: list[System], rendered: _Rende
     ]
 
 
-def _check_metrics(metrics: dict[str, Metric], examples: list[Example]) -> None:
+def _check_metrics(metrics: dict[str, Metric], examples: list[Example], *, judged: bool) -> None:
     if odd := [n for n, metric in metrics.items() if metric.reads in ("classes", "numbers")]:
         fitting = ", ".join(n for n, m in METRICS.items() if m.reads in ("text", "likelihood"))
         raise RecipeError(
@@ -240,9 +240,10 @@ def _check_metrics(metrics: dict[str, Metric], examples: list[Example]) -> None:
         )
     if examples[0].text is not None:
         bad = [n for n, metric in metrics.items() if metric.reads in GENERATED]
-        if bad:
+        if bad or judged:
+            what = f"metric '{bad[0]}'" if bad else "evaluate.judge"
             raise DataError(
-                f"metric '{bad[0]}' needs answers, and these rows are plain text",
+                f"{what} needs answers, and these rows are plain text",
                 file=examples[0].origin.file,
                 hint="use perplexity or bits_per_byte",
             )

@@ -1,6 +1,7 @@
 """The `evaluate` section of a recipe."""
 
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -19,6 +20,36 @@ READ_BY = {
     "pattern": "pattern_match",
     "samples": "pass_at_k",
 }  # settings, and the metric that each is for
+
+
+class JudgeSettings(BaseModel):
+    """A model behind an OpenAI-compatible address that says which of two answers is better."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    url: str = Field(description="the address up to what stands before `/chat/completions`, as https://HOST/v1")
+    model: str = Field(min_length=1, description="its name there")
+    key_environment: str | None = Field(
+        default=None, description="the environment variable with the key, which is never written anywhere"
+    )
+    instructions: str | None = Field(
+        default=None, description="what makes an answer better; by default helpful, correct, relevant and clear"
+    )
+    rows: int = Field(default=100, ge=2, description="rows that are judged at most; each is asked about twice a system")
+    labels: str | None = Field(
+        default=None, description="a file of rows that people judged: `prompt`, `a`, `b` and `preferred` (a, b or tie)"
+    )
+    timeout_seconds: float = Field(default=60.0, gt=0, description="how long an answer may take, each of five times")
+
+    @field_validator("url")
+    @classmethod
+    def _is_address(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError(f"'{url}' is no address of the form https://HOST/v1")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("the address holds a name or password; name a variable in key_environment")
+        return url
 
 
 class EvaluateSettings(BaseModel):
@@ -67,6 +98,9 @@ class EvaluateSettings(BaseModel):
     pass_at: int = Field(default=1, ge=1, description="the k of `pass_at_k`, at most `samples`")
     code_seconds: int = Field(
         default=5, ge=1, description="processor time that an answer's code may take with its tests"
+    )
+    judge: JudgeSettings | None = Field(
+        default=None, description="a model that judges the answers pairwise; the section below"
     )
     gate: dict[str, str] | None = Field(
         default=None, description="rules that must hold, or `evaluate` ends with status 3 (see docs/evaluation.md)"
@@ -122,6 +156,8 @@ class EvaluateSettings(BaseModel):
                 raise ValueError(f"{name} has no effect without general")
         if self.gate is not None and "general" in self.gate and self.general is None:
             raise ValueError("gate asks about general, and general names no file")
+        if self.judge is not None and self.against == ():
+            raise ValueError("judge has no effect because `against` names no system")
         for name, metric in READ_BY.items():
             given = getattr(self, name) is not None
             if given and self.metrics is not None and metric not in self.metrics:
