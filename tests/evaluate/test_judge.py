@@ -208,6 +208,7 @@ def test_a_redirect_does_not_take_the_key_elsewhere(serve, tmp_path):
 def test_verdicts_that_cannot_be_read_are_counted_or_stop_the_evaluation(serve, tmp_path):
     some = prove(serve(lambda a, b, n: "hm" if a == "x" else longer(a, b, n)), tmp_path)["pairs"]["tuned - base"]
     assert (some["unreadable_rows"], some["wins"], some["ties"]) == (1, 2, 3)
+    assert prove(serve(lambda a, b, n: "\ud800 [[A]]"), tmp_path)["pairs"]["tuned - base"]["ties"] == 6
     with pytest.raises(ModelError, match="gave no verdict in 10 of 10 answers"):
         prove(serve(lambda a, b, n: "I like both."), tmp_path)
 

@@ -121,7 +121,7 @@ class ChatClient:
             content = json.loads(response.read(MAX_RESPONSE_BYTES))["choices"][0]["message"]["content"]
         if not isinstance(content, str):
             raise TypeError("the content is no text")
-        return content
+        return content.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written down
 
     def _without_key(self, text: bytes) -> str:
         shown = " ".join(text.decode("utf-8", "replace").split())
