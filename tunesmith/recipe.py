@@ -264,10 +264,10 @@ def _unknown(path: list[str], value: Any) -> tuple[str, str]:
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     elsewhere = [s for s, m in models.items() if key in m.model_fields]
     where = ".".join(parents) or "the recipe"
-    if near:
-        hint = f"did you mean '{'.'.join([*parents, near[0]])}'?"
-    elif elsewhere:
+    if elsewhere:
         hint = f"'{key}' belongs into the section '{elsewhere[0]}'"
+    elif near:
+        hint = f"did you mean '{'.'.join([*parents, near[0]])}'?"
     else:
         hint = f"{where} knows {', '.join(names)}"
     return f"there is no setting '{'.'.join(path)}'", hint
