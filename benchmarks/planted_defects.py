@@ -2,6 +2,7 @@
 
     python benchmarks/planted_defects.py
     python benchmarks/planted_defects.py --data FOLDER     # and in published sets: FOLDER/alpaca/train.jsonl, ...
+    python benchmarks/planted_defects.py --embedder ENCODER
     python benchmarks/planted_defects.py --table
 
 A corpus is checked in a process of its own. `found` counts the rows that the check tells of, whatever it says of them;
@@ -14,6 +15,7 @@ import json
 import multiprocessing
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -26,43 +28,47 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from _machine import code, command, machine, versions
-from planted import Planted, quality
+from planted import Planted, duplicates, overlap, personal, quality
 
-from tunesmith.data.curate.base import Check
-from tunesmith.data.curate.label_errors import LabelErrors
-from tunesmith.data.curate.language import Language
-from tunesmith.data.curate.quality import Quality
+from tunesmith.data.curate.checks import choose
+from tunesmith.data.curate.semantic import Embed
 from tunesmith.data.formats import examine
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.types import Example, Origin, Row
+from tunesmith.models.embed import load_embedder
 
 RESULT = Path(__file__).resolve().parent / "results" / "planted_defects.json"
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A module's corpora, generated and from published sets, and how its checks are made, by name."""
+    """A module's corpora, generated and from published sets."""
 
     planted: Callable[[np.random.Generator], Iterator[Planted]]
-    checks: dict[str, Callable[[], Check]]
     real: Callable[..., Iterator[Planted]] | None = None  # (random, *, folder)
 
 
 SUITES = (
-    Suite(quality.planted, {"quality": Quality, "language": Language, "label_errors": LabelErrors}, real=quality.real),
+    Suite(duplicates.planted),
+    Suite(overlap.planted),
+    Suite(personal.planted),
+    Suite(quality.planted, real=quality.real),
 )
 
 
-def measure(corpus: Planted, *, make_check: Callable[[], Check]) -> dict[str, Any]:
+def measure(corpus: Planted, *, embedder: str | None) -> dict[str, Any]:
     """Check a corpus: what is found of what was planted."""
     mapping = {"text": "text", "label": "label"} if "label" in corpus.rows[0] else {}
-    settings = DataSettings(train="planted", mapping=mapping)
-    started, check, lines = time.process_time(), make_check(), set()
-    for line, value in enumerate(corpus.rows, start=1):
-        example = examine(Row(Origin("planted", line), value), settings=settings)
-        assert isinstance(example, Example), example
-        lines |= {problem.line for problem in check.look(example)}
-    lines |= {problem.line for problem in check.finish()}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, rows in corpus.files.items():
+            (Path(folder) / name).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        files = [str(Path(folder) / name) for name in corpus.files]
+        given: dict[str, Any] = {"benchmarks": files} if corpus.check == "contamination" else {}
+        given |= {"protected": folder} if corpus.check == "protected" and files else {}
+        settings = DataSettings(train="planted", mapping=mapping, **given)
+        embed = load_embedder(embedder) if embedder is not None and corpus.check == "semantic" else None
+        started = time.process_time()
+        lines = _found(corpus, settings=settings, embed=embed)
     seconds = time.process_time() - started
     right = len(lines & corpus.expected)
     return {
@@ -72,31 +78,46 @@ def measure(corpus: Planted, *, make_check: Callable[[], Check]) -> dict[str, An
         "planted": len(corpus.expected),
         "found": len(lines),
         "precision": round(right / len(lines), 4) if lines else None,
-        "recall": round(right / len(corpus.expected), 4),
+        "recall": round(right / len(corpus.expected), 4) if corpus.expected else None,
         "seconds": round(seconds, 3),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
     }
 
 
-def corpora(folder: Path | None, *, seed: int) -> Iterator[tuple[Planted, Callable[[], Check]]]:
-    """Every corpus with how its check is made."""
+def _found(corpus: Planted, *, settings: DataSettings, embed: Embed | None) -> set[int]:
+    """The lines that the check tells of."""
+    examples = []
+    for line, value in enumerate(corpus.rows, start=1):
+        example = examine(Row(Origin("planted", line), value), settings=settings)
+        assert isinstance(example, Example), example
+        examples.append(example)
+    chosen = choose(settings, again=lambda: examples, only=(corpus.check,), embed=embed)
+    check, lines = chosen.checks[corpus.check], set()
+    for example in examples:
+        lines |= {problem.line for problem in check.look(example)}
+    return lines | {problem.line for problem in check.finish() if problem.file == "planted"}
+
+
+def corpora(folder: Path | None, *, seed: int, embedder: str | None) -> Iterator[Planted]:
+    """Every corpus; those for embeddings only where there is an encoder."""
     for suite in SUITES:
         sources = [suite.planted(np.random.default_rng(seed))]
         if folder is not None and suite.real is not None:
             sources.append(suite.real(np.random.default_rng(seed), folder=folder))
         for source in sources:
-            for corpus in source:
-                yield corpus, suite.checks[corpus.check]
+            yield from (corpus for corpus in source if corpus.check != "semantic" or embedder is not None)
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
     lines = ["| check | grade | rows | planted | found | precision | recall |", "|---|---|---:|---:|---:|---:|---:|"]
     for result in results:
-        precision = "" if result["precision"] is None else f"{result['precision']:.2f}"
+        precision, recall = ("" if result[k] is None else f"{result[k]:.2f}" for k in ("precision", "recall"))
         lines.append(
-            "| {check} | {grade} | {rows:,} | {planted} | {found} | {0} | {recall:.2f} |".format(precision, **result)
+            "| {check} | {grade} | {rows:,} | {planted} | {found} | {0} | {1} |".format(
+                precision, recall, **{key: result[key] for key in ("check", "grade", "rows", "planted", "found")}
+            )
         )
     return "\n".join(lines)
 
@@ -105,6 +126,7 @@ def main() -> None:
     """Run all corpora, or print what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a folder with the published sets")
+    parser.add_argument("--embedder", help="an encoder, for rows that say the same in other words")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="print the results that are there")
     options = parser.parse_args()
@@ -114,8 +136,8 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     results = []
     with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as pool:
-        for corpus, make_check in corpora(options.data, seed=options.seed):
-            results.append(pool.submit(measure, corpus, make_check=make_check).result())
+        for corpus in corpora(options.data, seed=options.seed, embedder=options.embedder):
+            results.append(pool.submit(measure, corpus, embedder=options.embedder).result())
             print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     document: dict[str, Any] = {"command": command(), "seed": options.seed, "code": code(), "machine": machine()}
     document["machine"]["versions"] |= versions(("scikit-learn", "py3langid"))

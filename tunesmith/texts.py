@@ -18,6 +18,8 @@ def ledger_text(document: dict[str, Any]) -> str:
         if count:
             reasons = ", ".join(f"{k} {v}" for k, v in ledger["reasons"].get(state, {}).items())
             lines.append(f"  {state.replace('_', ' '):22} {count:>9,}" + (f"  ({reasons})" if reasons else ""))
+    if findings := ledger.get("findings"):
+        lines.append("checks found " + ", ".join(f"{kind} {count:,}" for kind, count in findings.items()))
     if ledger.get("masked"):
         lines.append(f"  {ledger['masked']:,} rows with placeholders for personal data")
     train = document["train"]

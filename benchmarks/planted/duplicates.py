@@ -55,5 +55,5 @@ def _shuffled(
     """The rows in random order; of a row and its repeat the later one is expected."""
     order = random.permutation(len(pairs)).tolist()
     place = {number: place for place, number in enumerate(order)}
-    expected = {max(place[source], place[NUM_ROWS + source]) for source in range(NUM_PLANTED)}
+    expected = {max(place[source], place[NUM_ROWS + source]) + 1 for source in range(NUM_PLANTED)}
     return Planted(check, grade, [_row(*pairs[number]) for number in order], expected)

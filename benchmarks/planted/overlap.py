@@ -66,7 +66,7 @@ def planted(random: np.random.Generator) -> Iterator[Planted]:
     for name, header in LICENCES.items():
         rows = [{"text": "\n".join([header, *some_words(random, 50)])} for _ in range(20)]
         rows += [{"text": f"{mention} {' '.join(some_words(random, 50))}"} for mention in MENTIONS]
-        yield Planted("protected", f"licence {name}", rows, set(range(20)))
+        yield Planted("protected", f"licence {name}", rows, set(range(1, 21)))
 
 
 def _rows(
@@ -86,5 +86,5 @@ def _rows(
         place = int(random.integers(0, ROW_WORDS))
         piece = inside[number] if number % 2 else []
         rows.append({"prompt": "Go on.", "completion": " ".join([*words[:place], *piece, *words[place:]])})
-    expected = set(range(1, NUM_ROWS, 2)) if found else set()
+    expected = set(range(2, NUM_ROWS + 1, 2)) if found else set()
     return Planted(check, grade, rows, expected, {name: [{"text": " ".join(text)} for text in of]})

@@ -653,3 +653,62 @@ def test_the_same_text_with_two_labels_is_no_duplicate(make):
     rows = [labelled("a", "x"), labelled("a", "y"), labelled("a", "x")]
     prepared = make(rows, objective=Classification(pooling="last"), duplicates="drop")
     assert states(prepared) == {"trained": 2, "duplicate": 1}
+
+
+# ------------------------------------------------------------------------------------------------- what is left out
+
+LONG = "The parcel left the warehouse on Monday and will be with you on Thursday at the latest, said the colleague"
+
+
+def test_rows_are_left_out_for_what_the_checks_find_and_held_out_rows_never(make, tmp_path):
+    rows = [row(f"question number {i}", f"{i} answers") for i in range(40)]
+    rows += [row(f"{LONG} number {i}", "yes") for i in ("one", "two")]  # of near rows one stays
+    test = [row(f"{LONG} number one, please", "yes"), row("what else", "nothing")]
+    bench = [
+        {"question": "When did the ship that carried the grain of the whole valley reach the harbour of the town?"}
+    ]
+    rows += [
+        row(bench[0]["question"], "on Friday"),
+        row("May I ask?", "I'm sorry, but I can't assist with that request."),
+    ]
+    paths = {name: write(tmp_path / f"{name}.jsonl", values) for name, values in (("t", test), ("b", bench))}
+    common = {"test": paths["t"], "validation": None, "max_tokens": 400}
+    plain = make(rows, **common)
+    assert plain.ledger["findings"] == {}
+    told = make(rows, **common, benchmarks=[paths["b"]])
+    assert told.ledger["findings"] == {"contamination": 1}  # looked for, told, and kept
+    assert states(told)["trained"] == states(plain)["trained"] == len(rows)
+    given = {"leave_out": ["near_duplicate", "contamination", "quality"], "benchmarks": [paths["b"]]}
+    found = make(rows, **common, **given)
+    ledger = found.ledger
+    assert ledger["rows"] == len(rows) + len(test)
+    assert ledger["reasons"]["dropped"] == {"contamination": 1, "quality": 1}
+    assert ledger["reasons"]["duplicate"] == {"near": 2}  # both are near the test row
+    assert states(found)["held_out_test"] == 2
+    assert {d["other"]["file"] for d in ledger["details"] if d.get("reason") == "near"} <= {
+        paths["t"],
+        rows_file(found),
+    }
+    assert set(prompts(found, "train")) == {f"question number {i}" for i in range(40)}
+    assert any("b.jsonl" in name for name in found.files["benchmarks"])
+
+
+def rows_file(prepared: Prepared) -> str:
+    return prepared.files["train"][0].rsplit(" ", 1)[0]
+
+
+def test_other_bytes_of_a_benchmark_are_another_preparation(make, tmp_path):
+    bench = tmp_path / "b.jsonl"
+    folders = []
+    for text in (
+        "one two three four five six seven eight nine ten",
+        "ten nine eight seven six five four three two one",
+    ):
+        bench.write_text(json.dumps({"text": text}) + "\n")
+        folders.append(make([row(f"question {i}") for i in range(20)], benchmarks=[str(bench)]).folder)
+    assert folders[0] != folders[1]
+
+
+def test_leaving_out_what_nothing_looks_for_is_refused():
+    with pytest.raises(ValueError, match="no effect without `benchmarks`"):
+        DataSettings(train="rows.jsonl", leave_out=("contamination",))

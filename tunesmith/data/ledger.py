@@ -68,6 +68,7 @@ class Ledger:
         self.counts: Counter[str] = Counter()
         self.reasons: dict[str, Counter[str]] = {}
         self.tokens_cut = 0
+        self.findings: Counter[str] = Counter()  # what the checks that a recipe asks for found, whatever became of it
         self.masked = 0  # rows in which personal data or secrets were replaced, whatever their state
         self.details: list[dict[str, Any]] = []
         self._codes: dict[str, bytearray] = {}  # by file, indexed by line: 0 or 1 + the state's index
@@ -126,6 +127,7 @@ class Ledger:
             "reasons": {state: dict(reasons.most_common()) for state, reasons in self.reasons.items()},
             "tokens_cut": self.tokens_cut,
             "masked": self.masked,
+            "findings": dict(self.findings.most_common()),
             "details": list(self.details),
             "details_left_out": noted - len(self.details),
         }

@@ -14,7 +14,9 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from tunesmith.data.curate.leaving import look
 from tunesmith.data.curate.masking import masked
+from tunesmith.data.curate.protected import files_below
 from tunesmith.data.curate.select import select
 from tunesmith.data.formats import examine
 from tunesmith.data.general import draw_key, drawn_keys, parts
@@ -152,7 +154,10 @@ def prepare(
     sources = _sources(settings) | ({} if settings.replay is None else {"replay": [settings.replay]})
     read = {name: [file for source in found for file in resolve(source)] for name, found in sources.items()}
     _refuse_repeated(read)
-    files = {name: [f"{shown} {sha256_file(path)}" for shown, path in found] for name, found in read.items()}
+    read |= {"benchmarks": [file for source in settings.benchmarks for file in resolve(source)]}
+    texts = [] if settings.protected is None else files_below(settings.protected)
+    read |= {"protected": [(str(path), path) for path in texts]}
+    files = {name: [f"{shown} {sha256_file(path)}" for shown, path in found] for name, found in read.items() if found}
     objective = objective.fitted(usable(settings))  # so that the fitted one, as a run has it, finds the same rows
     what = {
         "files": files,
@@ -224,12 +229,16 @@ class _Preparation:
     longest: tuple[int, Origin] | None = None
     trained_weight: float = 0.0
     selected: set[Origin] | None = None  # the training rows that `data.select` keeps
+    left_out: dict[Origin, Problem] = field(default_factory=dict)  # those that `data.leave_out` does not
 
     def run(self) -> None:
+        found = look(lambda: usable(self.settings), settings=self.settings)
+        self.ledger.findings, self.left_out = found.counts, found.left_out
         if self.settings.select is not None:
             first = _Preparation(
                 self.settings, self.objective, self.template, self.max_tokens, self.folder, lambda rows: None
             )
+            first.left_out = self.left_out
             self.selected = select(first.candidates(), settings=self.settings.select)
         (self.folder / "objective.json").write_text(json.dumps(self.objective.model_dump(mode="json")), "utf-8")
         sides = ("train", "validation", "test")
@@ -338,6 +347,12 @@ class _Preparation:
         for example, sequences in self._sequences(batch):
             where = name if name != "train" else side(example.prompt_key, shares=shares)
             if sequences is None or self._duplicate(example, where=where):
+                continue
+            if where == "train" and (problem := self.left_out.get(example.origin)) is not None:
+                near = problem.kind == "near_duplicate"
+                other = problem.origin if problem.other == example.origin else problem.other
+                state, reason = ("duplicate", "near") if near else ("dropped", problem.kind)
+                self.ledger.record(example.origin, state=state, reason=reason, other=other)
                 continue
             if where == "train" and not is_in(example.prompt_key, share=self.settings.train_share):
                 self.ledger.record(example.origin, state="dropped", reason="train_share")

@@ -92,7 +92,7 @@ class Protected:
         self._index = Index(size=GRAM_WORDS, every_place=False)
         self._files: list[_File] = []
         self._unread: list[Problem] = []
-        for path in [] if folder is None else _files(folder):
+        for path in [] if folder is None else files_below(folder):
             if path.name.lower().removesuffix(".gz").removesuffix(".xz").endswith(ROW_SUFFIXES):
                 self._add_rows(path)
             else:
@@ -168,7 +168,7 @@ class Protected:
             yield part, Problem("protected_text", "warning", *origin, message=message, other=other, hint=hint)
 
 
-def _files(folder: str) -> list[Path]:
+def files_below(folder: str) -> list[Path]:
     """The files below a folder, sorted by name, hidden ones left out; a file is itself."""
     path = Path(folder)
     if path.is_file():
