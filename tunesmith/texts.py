@@ -21,7 +21,7 @@ def ledger_text(document: dict[str, Any]) -> str:
     if findings := ledger.get("findings"):
         lines.append("checks found " + ", ".join(f"{kind} {count:,}" for kind, count in findings.items()))
     if ledger.get("masked"):
-        lines.append(f"  {ledger['masked']:,} rows with placeholders for personal data")
+        lines.append(f"rows with placeholders for personal data: {ledger['masked']:,}")
     train = document["train"]
     lines.append(f"to train: {train['rows']:,} rows, {train['tokens']:,} tokens, {train['targets']:,} of them trained")
     if "vocabulary" in document:

@@ -92,6 +92,7 @@ def test_unfinished_answers_are_told_unless_the_file_is_written_so():
 @pytest.mark.parametrize(
     "answer",
     [
+        "I'm sorry, but as an AI language model I cannot assist with that request.",
         "I'm sorry, but I can't assist with that request.",
         "As an AI language model, I do not have feelings.",
         "Sure, as a large language model I cannot know.",

@@ -61,7 +61,7 @@ HELPING = (
 )
 MACHINE = r"an? (?:ai|artificial intelligence|(?:large )?language model)\b[\w -]{0,30}"
 REFUSAL = re.compile(
-    rf"\s*(?P<phrase>{SORRY}[,.!]? (?:but )?(?:as {MACHINE}, )?i ?{CANNOT} {HELPING}"
+    rf"\s*(?P<phrase>{SORRY}[,.!]? (?:but )?(?:as {MACHINE},? ?)?i ?{CANNOT} {HELPING}"
     rf"|i ?{CANNOT} {HELPING} (?:you )?(?:with |to )?(?:that|this|such|your|any)\b(?: request)?"
     rf"|(?:[^.!?\n]{{0,60}}[,.!] )?as {MACHINE}"
     rf"|i (?:must|have to|will have to) (?:\w+ )?(?:decline|refuse)"
