@@ -113,7 +113,9 @@ def run_arguments(command: str, run: str) -> list[str]:
 # -------------------------------------------------------------------------------------------------------- usage
 
 
-@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS), ("data", "check"), ("data", "prepare")])
+@pytest.mark.parametrize(
+    "command", [(), *((name,) for name in COMMANDS), ("data", "check"), ("data", "prepare"), ("data", "card")]
+)
 def test_every_command_has_help(command):
     result = call(*command, "--help")
     assert (result.code, result.err) == (0, "")

@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"evaluate"},
     {"registry"},
     {"recipe"},
-    {"runs", "export"},
+    {"runs", "export", "checks"},
     {"export_head"},
     {"vocabulary"},
     {"tuned"},
@@ -32,7 +32,7 @@ FLOORS: list[set[str]] = [
     {"combining", "planning", "proving"},
     {"tuning"},
     {"api"},
-    {"advice", "bench", "chat", "checks", "curve", "init", "quickstart", "texts"},  # what single commands do
+    {"advice", "bench", "chat", "curve", "data_card", "init", "quickstart", "texts"},  # what single commands do
     {"cli", "serve", "studio", "feedback"},
     {"__main__", "__init__"},  # the package hands out the verbs of api.py on first use
 ]

@@ -33,7 +33,7 @@ def check_data(
     *,
     against: str | None = None,
     base: str = "starter",
-    recipe: Path | None = None,
+    recipe: "Recipe | Path | None" = None,
     only: tuple[str, ...] | None = None,
     benchmarks: tuple[str, ...] = (),
     protected: str | None = None,
@@ -46,7 +46,7 @@ def check_data(
     if recipe is not None:
         from tunesmith.recipe import load_recipe
 
-        loaded = load_recipe(recipe)
+        loaded = load_recipe(recipe) if isinstance(recipe, Path) else recipe
         settings, taken = loaded.data, loaded.method.num_virtual_tokens
         base = loaded.base if isinstance(loaded.base, str) else base
         labels = _labels_in_words(loaded)

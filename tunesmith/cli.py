@@ -168,6 +168,23 @@ def data_prepare(
     _show(document, as_json=as_json, text=lambda: ledger_text(document))
 
 
+@data_app.command("card")
+def data_card(
+    recipe: RecipeArgument,
+    overrides: Set = None,
+    out: Annotated[Path, typer.Option("--out", help="the page; the same as JSON is written beside it")] = Path(
+        "data-card.html"
+    ),
+    workspace: WorkspaceOption = None,
+    as_json: Json = False,
+) -> None:
+    """Describe the rows of a recipe on one page: origin, counts, lengths, classes, findings, a sample."""
+    from tunesmith.data_card import write_card
+
+    document = write_card(recipe, out=out, workspace=_workspace(workspace), overrides=overrides, on_message=_say)
+    _show(document, as_json=as_json, text=lambda: f"{document['sentence']}\ncard: {out}")
+
+
 @app.command()
 def plan(
     recipe: RecipeArgument,

@@ -14,6 +14,7 @@ import torch
 from tunesmith.data.contract import FILE as CONTRACT
 from tunesmith.data.contract import check_contract, write_contract
 from tunesmith.data.prepare import Prepared, prepare
+from tunesmith.data.settings import DESCRIBING
 from tunesmith.data.sources import resolve
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example
@@ -262,7 +263,7 @@ def is_begun(folder: Path) -> bool:
 
 def check_unchanged(folder: Path, resolved: dict[str, Any]) -> None:
     """RecipeError where the unfinished run was made from another recipe, other data or another base."""
-    before = read_json(folder / "resolved.json")
+    before, resolved = (_deciding(found) for found in (read_json(folder / "resolved.json"), resolved))
     parts = [part for part in ("recipe", "hashes") if before[part] != resolved[part]]
     names = [f"{part}.{k}" for part in parts for k in resolved[part] if before[part].get(k) != resolved[part][k]]
     if names:
@@ -270,6 +271,13 @@ def check_unchanged(folder: Path, resolved: dict[str, Any]) -> None:
             f"the unfinished run {folder.name} was made from something else: {', '.join(names)} changed",
             hint="put it back as it was, or train a new run without --resume",
         )
+
+
+def _deciding(resolved: dict[str, Any]) -> dict[str, Any]:
+    """The same without what only describes the data: it may be written down while a run waits."""
+    recipe = resolved["recipe"]
+    data = {name: value for name, value in recipe["data"].items() if name not in DESCRIBING}
+    return resolved | {"recipe": recipe | {"data": data}}
 
 
 def write_start(

@@ -21,7 +21,7 @@ from tunesmith.data.curate.select import select
 from tunesmith.data.formats import examine
 from tunesmith.data.general import draw_key, drawn_keys, parts
 from tunesmith.data.ledger import Ledger, Problem
-from tunesmith.data.settings import DataSettings
+from tunesmith.data.settings import DESCRIBING, DataSettings
 from tunesmith.data.sources import read_rows, resolve
 from tunesmith.data.split import is_in, side
 from tunesmith.data.template import ChatTemplate
@@ -161,7 +161,7 @@ def prepare(
     objective = objective.fitted(usable(settings))  # so that the fitted one, as a run has it, finds the same rows
     what = {
         "files": files,
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json", exclude=set(DESCRIBING)),
         "objective": objective.model_dump(mode="json"),
         "template": template.identity,
         "tokenizer": template.tokenizer.digest,

@@ -12,6 +12,7 @@ Findings = Literal[
 ]
 MAPPING_KEYS = ("prompt", "completion", "system", "text", "label", "words", "tags", "messages", "tests", "before")
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+DESCRIBING = frozenset({"origin", "licence", "notes"})  # fields that change nothing of what is prepared
 
 
 class SelectSettings(BaseModel):
@@ -124,6 +125,13 @@ class DataSettings(BaseModel):
     bad_rows: Literal["refuse", "drop"] = Field(
         default="refuse", description="What to do with a row that cannot be used: stop the run, or leave it out."
     )
+    origin: str | None = Field(
+        default=None, description="Where the rows come from, in your words: for the data card. Changes nothing else."
+    )
+    licence: str | None = Field(
+        default=None, description="Under which licence or terms the rows may be used; likewise."
+    )
+    notes: str | None = Field(default=None, description="What else a reader of the data card should know; likewise.")
 
     @property
     def train_paths(self) -> list[str]:
@@ -136,7 +144,7 @@ class DataSettings(BaseModel):
         sides = {"validation": self.validation, "test": self.test}
         return {name: value for name, value in sides.items() if isinstance(value, float)}
 
-    @field_validator("system")
+    @field_validator("system", *DESCRIBING)
     @classmethod
     def _whole_characters(cls, value: str | None) -> str | None:
         if value is not None and any("\ud800" <= character <= "\udfff" for character in value):

@@ -149,6 +149,12 @@ class TokenStore:
         index = self._members(index)[0]
         return Origin(self.files[self._arrays["unit_file"][index]], int(self._arrays["unit_line"][index]))
 
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row on disk, those that an encoder reads among them: int64 [units]."""
+        starts = self._arrays["unit_start"]
+        lengths: np.ndarray = np.diff(self._arrays["sequence_start"][starts] + self._arrays["encoder_start"][starts])
+        return lengths
+
     def longest(self) -> int:
         """Tokens of the longest sequence."""
         starts = self._arrays["sequence_start"]

@@ -83,6 +83,34 @@ def curves(path: Path, *, best_step: int | None) -> dict[str, Any] | None:
     }
 
 
+COLUMNS = CHART | {"height": 200, "right": 16}
+
+
+def columns(bins: list[dict[str, int]], *, most: int) -> dict[str, Any]:
+    """A histogram of {least, most, rows}: `most` columns of one width, and one for all beyond, if any."""
+    c, width, first = COLUMNS, bins[0]["most"] + 1 - bins[0]["least"], bins[0]["least"]
+    across = Scale(first, first + len(bins) * width, start=c["left"], end=c["width"] - c["right"])
+    up = Scale(0, max(found["rows"] for found in bins), start=c["height"] - c["bottom"], end=c["top"])
+    drawn = [
+        {
+            "x": across(first + number * width),
+            "y": up(found["rows"]),
+            "width": round(across(first + width) - across(first) - 1, 1),
+            "height": round(up(0) - up(found["rows"]), 1),
+            "text": f"{found['least']:,} to {found['most']:,} tokens: {found['rows']:,}",
+            "over": number == most,
+        }
+        for number, found in enumerate(bins)
+    ]
+    return {
+        **c,
+        "columns": drawn,
+        "x_ticks": [(across(x), f"{x:,.0f}") for x in ticks(first, first + min(len(bins), most) * width)],
+        "y_ticks": [(up(y), f"{y:,.0f}") for y in ticks(0, up.high, most=5) if y == int(y)],
+        "over": bins[most] if len(bins) > most else None,
+    }
+
+
 SMALL_CURVES = {
     "general_bits_per_byte": "bits a byte, general rows",
     "learning_rate": "learning rate",

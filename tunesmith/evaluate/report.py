@@ -56,17 +56,18 @@ def write_report(run_folder: Path) -> Path:
         "gate": (evaluation or {}).get("gate"),
         "curves": curves(run_folder / "metrics.jsonl", best_step=run.get("best_step")),
         "examples": examples(run_folder / "examples.jsonl", headline=headline),
-        "ledger": _ledger(read_optional(run_folder / "ledger.json")),
+        "ledger": ledger_view(read_optional(run_folder / "ledger.json")),
         "recipe": clip(recipe.read_text(encoding="utf-8"), MAX_DOCUMENT) if recipe.exists() else None,
         "versions": run.get("versions") or {},
         "settings": dict(_flatten(resolved)),
     }
     path = run_folder / "report.html"
-    write_text(path, text=_environment().get_template("report.html").render(view))
+    write_text(path, text=page("report.html", view=view))
     return path
 
 
-def _environment() -> Environment:
+def page(template: str, *, view: Mapping[str, Any]) -> str:
+    """The HTML of a template of this folder. Whatever the view holds stays text."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -76,7 +77,7 @@ def _environment() -> Environment:
     )
     environment.filters["count"] = lambda value: f"{value:,}"
     environment.globals["max_fold"] = MAX_FOLD
-    return environment
+    return environment.get_template(template).render(view)
 
 
 STOPPED = {"finished": "ran to the end", "early": "stopped early", "signal": "stopped by a signal"}
@@ -232,8 +233,13 @@ def _differences(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 # ---- data and settings -----------------------------------------------------------------------------------------------
 
 
-def _ledger(document: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """States with their share of the rows, and the first rows that were not simply trained or held out."""
+def ledger_view(
+    document: Mapping[str, Any] | None, *, most: int = MAX_LEDGER_DETAILS, name: str = "ledger.json"
+) -> dict[str, Any] | None:
+    """States with their share of the rows, and the `most` first rows that were not simply trained or held out.
+
+    `name` says where more of them are.
+    """
     if document is None:
         return None
     rows = document["rows"]
@@ -248,7 +254,7 @@ def _ledger(document: Mapping[str, Any] | None) -> dict[str, Any] | None:
         states.append(
             {"name": name, "count": count, "share": 100 * count / rows if rows else 0.0, "reasons": ", ".join(reasons)}
         )
-    shown = document["details"][:MAX_LEDGER_DETAILS]
+    shown = document["details"][:most]
     details = []
     for detail in shown:
         other = detail.get("other")
@@ -261,7 +267,7 @@ def _ledger(document: Mapping[str, Any] | None) -> dict[str, Any] | None:
         share = 100 * masked / rows if rows else 0.0
         states.append({"name": "with placeholders", "count": masked, "share": share, "reasons": "personal data masked"})
     left_out = document["details_left_out"] + len(document["details"]) - len(shown)
-    return {"rows": rows, "states": states, "details": details, "left_out": left_out}
+    return {"rows": rows, "states": states, "details": details, "left_out": left_out, "document": name}
 
 
 def _flatten(value: Any, *, name: str = "") -> Iterator[tuple[str, str]]:

@@ -86,7 +86,7 @@ class Language:
         """Answers in another language than their prompt, and rows in another than the file's main ones."""
         pairs = Counter(zip(self._asked, self._answered, strict=True))
         num_both = sum(number for pair, number in pairs.items() if UNKNOWN not in pair)
-        languages = Counter(self._row_language(*pair) for pair in pairs.elements())
+        languages = self._counts()
         del languages[UNKNOWN]
         least = max(MAIN_SHARE * languages.total(), MIN_MAIN_ROWS)
         main = {number for place, (number, rows) in enumerate(languages.most_common()) if rows > least or not place}
@@ -100,6 +100,13 @@ class Language:
             elif (number := self._row_language(*pair)) != UNKNOWN and number not in main and not self._may_differ[row]:
                 message = f"the row is in {LANGUAGES[CODES[number]]}, the file in {names}"
                 yield self._problem(row, message=message, hint="see whether it belongs here")
+
+    def counts(self) -> dict[str, int]:
+        """The rows in each language, the most frequent first; `unknown` are those that say too little."""
+        return {"unknown" if n == UNKNOWN else LANGUAGES[CODES[n]]: rows for n, rows in self._counts().most_common()}
+
+    def _counts(self) -> Counter[int]:
+        return Counter(self._row_language(*pair) for pair in zip(self._asked, self._answered, strict=True))
 
     def _row_language(self, asked: int, answered: int) -> int:
         return asked if answered == UNKNOWN else answered

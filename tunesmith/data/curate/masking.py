@@ -30,14 +30,18 @@ class Masker:
         self._numbers: dict[str, dict[str, int]] = {}
         self.num_masked = 0
 
+    @property
+    def sorts(self) -> list[str]:
+        """What was replaced, as in PLACEHOLDERS, each sort once."""
+        return list(self._numbers)
+
     def text(self, text: str) -> str:
         """The text with placeholders."""
         parts, last = [], 0
         for start, end, sort in findings(text):
-            name = PLACEHOLDERS[sort]
-            numbers = self._numbers.setdefault(name, {})
+            numbers = self._numbers.setdefault(sort, {})
             number = numbers.setdefault(text[start:end], len(numbers) + 1)
-            parts += [text[last:start], f"[{name}_{number}]"]
+            parts += [text[last:start], f"[{PLACEHOLDERS[sort]}_{number}]"]
             last = end
             self.num_masked += 1
         return "".join([*parts, text[last:]])
