@@ -205,10 +205,12 @@ def test_the_same_rows_give_the_same_card(make: Make) -> None:
 
 def test_the_sample_follows_the_content_and_not_the_order(make: Make) -> None:
     first, _ = make(tickets())
-    second, _ = make([*reversed(tickets()), *[tickets()[5]] * 40], out="b.html")
+    second, text = make([*reversed(tickets()), *[tickets()[5]] * 40], out="b.html")
     texts = [[row["turns"] for row in document["sample"]] for document in (first, second)]
     assert len(texts[0]) == SAMPLE_ROWS
     assert texts[0] == texts[1]
+    for row in second["sample"]:
+        assert f"rows.jsonl:{row['line']}" in Page(text).text
 
 
 # ------------------------------------------------------------------------------------------------------- what it hides

@@ -151,8 +151,10 @@ def _sentence(document: dict[str, Any]) -> str:
     parts = [f"{splits[name]:,} {text}" for name, text in words.items() if splits[name]]
     left = rows - sum(splits.values())
     forms = " and ".join(name.replace("_", "/") for name in document["forms"])
-    files = "one file" if num_files == 1 else f"{num_files} files"
-    return f"{rows:,} {forms} rows of {files}: {', '.join(parts)}, {f'{left:,}' if left else 'none'} left out."
+    what = (
+        f"{rows:,} {forms} {'row' if rows == 1 else 'rows'} of {'one file' if num_files == 1 else f'{num_files} files'}"
+    )
+    return f"{what}: {', '.join(parts)}, {f'{left:,}' if left else 'none'} left out."
 
 
 class _Names:
