@@ -62,13 +62,16 @@ def evaluation_text(document: dict[str, Any]) -> str:
     table = [["", *[s.replace("_", "-") for s in systems]]]
     for name, entry in document["metrics"].items():
         table.append([name, *(_value_cell(entry["systems"][system]) for system in systems)])
-    differences = [["", "difference", "95 % interval", "p", "better", "worse"]]
+    differences = [["", "difference", "95 % interval", "p", "p (Holm)", "better", "worse"]]
     for name, entry in document["metrics"].items():
         for pair, found in entry["differences"].items():
-            differences.append([f"{name}: {pair}", *_difference_cells(found)])
+            cells = _difference_cells(found)
+            adjusted = p_text(found["p_holm"]).removeprefix("p ") if "p_holm" in found else ""
+            differences.append([f"{name}: {pair}", *cells[:3], adjusted, *cells[3:]])
     left = f", {document['left_out_rows']} rows did not fit" if document.get("left_out_rows") else ""
     head = f"{document['run']} on {document['rows']:,} held-out rows ({document['data']}{left})"
     parts = [head, "", aligned(table), "", aligned(differences), "", document["sentence"]]
+    parts += [document["corrected"]["sentence"]] if "corrected" in document else []
     parts += [ALSO_CHOSE] if document["data"] == "validation" else []
     if general := document.get("general"):
         parts += ["", f"general rows ({general['data']}, {general['rows']:,}): {general['sentence']}"]

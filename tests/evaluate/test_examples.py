@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tunesmith.evaluate.examples import EXAMPLES_A_GROUP, Headline, common_start, compared, examples
 
+SENTENCE = st.lists(st.sampled_from(["a", "red", "van", ",", "\n"]), max_size=9).map(" ".join)
 HEADLINE = Headline("exact_match", "tuned", "base", True)
 
 
@@ -154,16 +155,27 @@ def test_several_references(tmp_path):
     assert found["groups"][0]["rows"][0]["reference"] == "one\nor\ntwo"
 
 
-@given(st.text(max_size=40), st.text(max_size=40))
-def test_compared_keeps_the_text(text, reference):
+@given(SENTENCE | st.text(max_size=40), SENTENCE | st.text(max_size=40))
+def test_compared_keeps_both_texts(text, reference):
     pieces = compared(text, reference=reference)
-    assert "".join(piece for piece, _ in pieces) == text
+    assert "".join(piece for piece, kind in pieces if kind != "deleted") == text
+    if len(pieces) > 1:
+        assert "".join(piece for piece, kind in pieces if kind != "inserted") == reference
 
 
 def test_compared_marks_what_differs():
     pieces = compared('{"desk": "pixel", "level": "red"}', reference='{"desk": "parcel", "level": "red"}')
-    assert [piece for piece, differs in pieces if differs] == ["pixel"]
-    assert compared("entirely unlike", reference='{"desk": 1}') == [("entirely unlike", False)]
+    assert [piece for piece in pieces if piece[1] != "equal"] == [("parcel", "deleted"), ("pixel", "inserted")]
+    assert compared("entirely unlike", reference='{"desk": 1}') == [("entirely unlike", "equal")]
+    assert compared("the same ", reference="the same") == [("the same ", "equal")]
+
+
+def test_words_that_were_changed_side_by_side_are_one_change():
+    pieces = compared("we ship it on a red van today", reference="we ship it in the blue van")
+    assert pieces == [
+        ("we ship it ", "equal"), ("in the blue", "deleted"), ("on a red", "inserted"), (" van", "equal"),
+        (" today", "inserted"),
+    ]  # fmt: skip
 
 
 @given(st.text(alphabet="ab", max_size=6), st.text(alphabet="ab", max_size=6))

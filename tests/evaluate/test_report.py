@@ -12,6 +12,7 @@ import pytest
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.types import Origin
 from tunesmith.errors import NotFoundError, StorageError
+from tunesmith.evaluate.correction import corrected, with_holm
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.report import write_report
 from tunesmith.evaluate.statistics import compare, interval, verdict
@@ -100,6 +101,7 @@ def evaluation_of(rows, *, generator):
         }
         for name in names
     }
+    metrics = with_holm(metrics)
     word, sentence = verdict(metrics, primary="exact_match", rows=len(rows))
     return {
         "run": "ticket-triage-3f9a1c07",
@@ -109,6 +111,7 @@ def evaluation_of(rows, *, generator):
         "metrics": metrics,
         "verdict": word,
         "sentence": sentence,
+        "corrected": corrected(metrics, pair="tuned - base"),
     }
 
 
@@ -274,6 +277,40 @@ def test_values_of_the_tables_are_those_of_the_evaluation(run_folder):
     assert f"{difference['better_rows']} / {difference['worse_rows']}" in page.text
 
 
+def test_p_is_shown_with_its_correction_where_there_is_one(tmp_path):
+    run_folder = make_run(tmp_path)
+    text = report_of(run_folder)
+    path = run_folder / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    found = evaluation["metrics"]["json_valid"]["differences"]["few_shot - base"]
+    assert text.count("<small>corrected p ") == 15
+    sentence = evaluation["corrected"]["sentence"]
+    assert sentence[0].upper() + sentence[1:] in Page(text).text
+    assert sentence in evaluation_text(evaluation)
+    plain = report_of(run_folder).count('class="better"')
+    found |= {"p": 0.01, "p_holm": 0.2}  # better before the correction and not after it
+    path.write_text(json.dumps(evaluation))
+    assert report_of(run_folder).count('class="better"') == plain - 1
+    for entry in evaluation["metrics"].values():  # as it was written before there was a correction
+        for difference in entry["differences"].values():
+            del difference["p_holm"]
+    del evaluation["corrected"]
+    path.write_text(json.dumps(evaluation))
+    older = report_of(run_folder)
+    assert "orrected" not in Page(older).text
+    assert older.count('class="better"') == plain
+    assert "Holm's" not in evaluation_text(evaluation)
+
+
+def test_words_only_in_the_answer_or_the_reference_are_marked(tmp_path):
+    make_run(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "examples.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"reference": "send it to the <desk>", "outputs": {"tuned": "send it to <pixel> & the <desk>"}}
+    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "send it to <ins>&lt;pixel&gt; &amp; </ins>the &lt;desk&gt;" in report_of(tmp_path)
+
+
 def test_rows_that_also_chose_the_best_step_are_called_so(run_folder):
     page = Page(report_of(run_folder))
     assert f"{NUM_ROWS} test rows, the same for every system" in page.text
@@ -355,7 +392,7 @@ def test_other_verdicts(tmp_path, word):
     if word == "undecided":
         for entry in evaluation["metrics"].values():
             for difference in entry["differences"].values():
-                difference |= {"value": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "detectable": None}
+                difference |= {"value": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "p_holm": 1.0, "detectable": None}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     text = report_of(tmp_path)
     assert f'<section class="verdict {word}"' in text

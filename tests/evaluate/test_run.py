@@ -26,7 +26,7 @@ from tunesmith.objectives.instruction import Instruction
 CONTEXT_TOKENS = 256
 FRAME_TOKENS = 5
 Build = Callable[..., Model]
-DIFFERENCE = {"value", "low", "high", "p", "test", "better_rows", "worse_rows", "detectable"}
+DIFFERENCE = {"value", "low", "high", "p", "p_holm", "test", "better_rows", "worse_rows", "detectable"}
 
 
 def example(*turns: str, line: int = 1, system: str | None = None) -> Example:

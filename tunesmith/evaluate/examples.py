@@ -223,15 +223,30 @@ def _right(scores: Mapping[str, float], *, headline: Headline | None) -> bool | 
 
 
 MAX_COMPARED = 1_500  # characters; to compare longer texts word by word takes too long and helps nobody
+LEAST_SAME = 0.4  # below this share of words in common, a comparison word by word hides more than it shows
 
 
-def compared(text: str, *, reference: str) -> list[tuple[str, bool]]:
-    """`text` in pieces, each with whether it differs from `reference`; one unmarked piece if little is the same."""
+def compared(text: str, *, reference: str) -> list[tuple[str, str]]:
+    """What turns `reference` into `text`, as pieces that are `equal`, `inserted` (in the text alone) or `deleted`.
+
+    One equal piece, the text, where little is the same, nothing differs, or either is longer than MAX_COMPARED.
+    """
     if text.strip() == reference.strip() or max(len(text), len(reference)) > MAX_COMPARED:
-        return [(text, False)]
+        return [(text, "equal")]
     words, expected = (re.findall(r"\s+|\w+|[^\w\s]", t) for t in (text, reference))
     matcher = difflib.SequenceMatcher(None, expected, words, autojunk=False)
-    if matcher.ratio() < 0.4:
-        return [(text, False)]
-    pieces = [("".join(words[start:end]), tag != "equal") for tag, _, _, start, end in matcher.get_opcodes()]
+    if matcher.ratio() < LEAST_SAME:
+        return [(text, "equal")]
+    pieces: list[tuple[str, str]] = []
+    deleted = inserted = ""
+    codes = matcher.get_opcodes()
+    for place, (kind, a, b, c, d) in enumerate(codes):
+        old, new = "".join(expected[a:b]), "".join(words[c:d])
+        between = kind == "equal" and old.strip(" ") == "" and 0 < place < len(codes) - 1
+        if kind != "equal" or between:  # a space between two changes is read as part of one change
+            deleted, inserted = deleted + old, inserted + new
+            continue
+        pieces += [(deleted, "deleted"), (inserted, "inserted"), (old, "equal")]
+        deleted = inserted = ""
+    pieces += [(deleted, "deleted"), (inserted, "inserted")]
     return [piece for piece in pieces if piece[0]]

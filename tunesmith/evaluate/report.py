@@ -13,10 +13,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tunesmith.errors import NotFoundError
+from tunesmith.evaluate.correction import outcome
 from tunesmith.evaluate.curves import Scale, curves
 from tunesmith.evaluate.examples import Headline, examples
 from tunesmith.evaluate.metrics import METRICS
-from tunesmith.evaluate.statistics import NO_WIDTH, SIGNIFICANCE, decimals, p_text
+from tunesmith.evaluate.statistics import NO_WIDTH, decimals, p_text
 from tunesmith.evaluate.texts import ALSO_CHOSE, bytes_text, clip, duration_text, number_text, read_optional, time_text
 from tunesmith.storage import read_json, write_text
 
@@ -50,7 +51,7 @@ def write_report(run_folder: Path) -> Path:
         "facts": _facts(run),
         "verdict": _verdict(evaluation, headline=headline, name=run.get("run") or run_folder.name),
         "scores": _scores(evaluation) if evaluation else None,
-        "differences": _differences(evaluation) if evaluation else None,
+        "differences": _differences(evaluation, headline=headline) if evaluation else None,
         "judge": evaluation.get("judge") if evaluation else None,
         "general": _general(evaluation["general"]) if evaluation and "general" in evaluation else None,
         "gate": (evaluation or {}).get("gate"),
@@ -112,24 +113,29 @@ def _facts(run: Mapping[str, Any]) -> list[dict[str, str]]:
 # ---- what the evaluation found ---------------------------------------------------------------------------------------
 
 
-def _outcome(difference: Mapping[str, Any], higher_is_better: bool) -> str:
-    decided = difference["p"] < SIGNIFICANCE and (difference["low"] > 0 or difference["high"] < 0)
-    if not decided:
-        return "undecided"
-    return "better" if (difference["low"] > 0) == higher_is_better else "worse"
+def _outcome(difference: Mapping[str, Any], *, higher_is_better: bool, decides: bool) -> str:
+    """By p where the metric decides the verdict, else by p after correction where the document has it."""
+    p = "p" if decides or "p_holm" not in difference else "p_holm"
+    return outcome(difference, higher_is_better=higher_is_better, p=p)
 
 
 def _verdict(evaluation: Mapping[str, Any] | None, *, headline: Headline | None, name: str) -> dict[str, Any]:
     """The word, the sentence, and how the same two systems compare on the other metrics."""
     if evaluation is None:
         sentence = f"Not evaluated. `tunesmith evaluate {name}` compares it with its base."
-        return {"word": "unknown", "sentence": sentence, "others": []}
-    others = [
-        {"metric": metric, "outcome": _outcome(entry["differences"][headline.pair], entry["higher_is_better"])}
-        for metric, entry in evaluation["metrics"].items()
-        if headline and metric != headline.metric and headline.pair in entry["differences"]
-    ]
-    return {"word": evaluation["verdict"], "sentence": evaluation["sentence"], "others": others}
+        return {"word": "unknown", "sentence": sentence, "others": [], "corrected": ""}
+    others = []
+    for metric, entry in evaluation["metrics"].items():
+        if headline and metric != headline.metric and headline.pair in entry["differences"]:
+            found, higher = entry["differences"][headline.pair], entry["higher_is_better"]
+            others.append({"metric": metric, "outcome": _outcome(found, higher_is_better=higher, decides=False)})
+    sentence = evaluation.get("corrected", {}).get("sentence", "")
+    return {
+        "word": evaluation["verdict"],
+        "sentence": evaluation["sentence"],
+        "others": others,
+        "corrected": sentence[:1].upper() + sentence[1:],
+    }
 
 
 def _scores(evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,7 +196,7 @@ def _signed(value: float, places: int) -> str:
 INTERVAL_PLOT = {"width": 220, "height": 28}
 
 
-def _differences(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+def _differences(evaluation: Mapping[str, Any], *, headline: Headline | None) -> dict[str, Any]:
     """The differences, grouped by pair of systems, each with the coordinates of its interval; better is to the right.
 
     Scores with bounds share one scale, as shares of their range; a score without bounds has its own.
@@ -203,12 +209,14 @@ def _differences(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         for pair, found in metric["differences"].items():
             places = decimals(found["high"] - found["low"])
             smallest = found["detectable"]
+            decides = headline is not None and (name, pair) == (headline.metric, headline.pair)
             row: dict[str, Any] = {
                 "metric": name,
-                "outcome": _outcome(found, metric["higher_is_better"]),
+                "outcome": _outcome(found, higher_is_better=metric["higher_is_better"], decides=decides),
                 "value": _signed(found["value"], places),
                 "interval": f"{_signed(found['low'], places)} to {_signed(found['high'], places)}",
                 "p": p_text(found["p"]),
+                "p_holm": p_text(found["p_holm"]) if "p_holm" in found else "",
                 "better_rows": found["better_rows"],
                 "worse_rows": found["worse_rows"],
                 "detectable": f"{smallest:.{decimals(smallest)}f}" if smallest else "–",
@@ -226,6 +234,7 @@ def _differences(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         row["plot"].update(INTERVAL_PLOT)
     return {
         "groups": groups,
+        "corrected": any(row["p_holm"] for row, *_ in drawn),
         "tests": sorted({d["test"] for m in evaluation["metrics"].values() for d in m["differences"].values()}),
     }
 

@@ -11,6 +11,7 @@ import numpy as np
 from tunesmith.data.answers import Answer
 from tunesmith.data.types import Example, Message
 from tunesmith.errors import DataError
+from tunesmith.evaluate.correction import corrected, with_holm
 from tunesmith.evaluate.metric import Metric
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.own import is_own, own_digest
@@ -87,10 +88,12 @@ def concluded(
     looked_up: dict[str, list[list[str]]] | None = None,
 ) -> Evaluation:
     """The evaluation: `scores` by metric and system, the first metric and the first system at the head of the verdict."""
-    compared = {
-        name: _compared(rows, metric=metrics[name], seed=settings.seed, clusters=clusters)
-        for name, rows in scores.items()
-    }
+    compared = with_holm(
+        {
+            name: _compared(rows, metric=metrics[name], seed=settings.seed, clusters=clusters)
+            for name, rows in scores.items()
+        }
+    )
     document = _document(
         compared, answers, run=run, data=data, primary=next(iter(scores)), rows=len(examples), seed=settings.seed
     )
@@ -98,14 +101,17 @@ def concluded(
         document["pass_at"] = settings.model_dump(include={"pass_at", "samples", "temperature"})
     if own := {name: own_digest(name) for name in scores if is_own(name)}:
         document["own_metrics"] = own
+    pair = next(iter(compared[document["primary"]]["differences"]), None)
+    if pair is not None and (found := corrected(compared, pair=pair)) is not None:
+        document["corrected"] = found
     keys = "".join(example.key for example in examples)
     document["few_shot_examples"] = num_shots
     document["rows_sha256"] = hashlib.sha256(keys.encode()).hexdigest()  # what two runs must share to be compared
     document["left_out_rows"] = num_left_out
     values = {s: {name: metrics[name].row_values(rows[s]) for name, rows in scores.items()} for s in answers}
     rows = _row_table(examples, references, answers, values, prompts)
-    for system, found in (looked_up or {}).items():
-        for row, origins in zip(rows, found, strict=True):
+    for system, origins_B in (looked_up or {}).items():
+        for row, origins in zip(rows, origins_B, strict=True):
             row.setdefault("looked_up", {})[system] = origins
     return Evaluation(document, rows, scores, metrics)
 
