@@ -717,6 +717,20 @@ def test_base_and_tuned_may_look_up_rows_or_passages(original, shared, project):
         EvaluateSettings(look_up=3)
 
 
+def test_the_best_prompt_is_chosen_on_rows_that_are_not_evaluated(original, shared):
+    settings = EvaluateSettings(against=("base", "few_shot"), few_shot="best", metrics=("perplexity",))
+    for data, side in ((None, "train"), (original / "test.jsonl", "validation")):
+        document = evaluate(original, shared, data=data, settings=settings).document
+        choice = document["few_shot_choice"]
+        assert (choice["from"], choice["examples"]) == (side, document["few_shot_examples"])
+        assert document["systems"] == ["base", "few_shot", "tuned"]
+        assert choice["sentence"] in html.unescape((shared.path / "report.html").read_text())
+        assert f"few-shot: {choice['sentence']}" in evaluation_text(document)
+        assert min(choice["candidates"], key=lambda c: c["nats_a_token"])["examples"] == choice["examples"]
+    with pytest.raises(ValueError, match="1 to 64 is expected, or best"):
+        EvaluateSettings(few_shot=0)
+
+
 @pytest.mark.parametrize("against", ["[base]", "[few_shot]", "[]"])
 def test_a_run_may_be_compared_with_less(project, against):
     run = tune(project, "train.max_steps=1", f"evaluate={{against: {against}, max_tokens: 4, metrics: [perplexity]}}")

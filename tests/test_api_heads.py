@@ -259,6 +259,9 @@ def test_a_run_in_words_predicts_and_still_writes(tune: Tune, tmp_path: Path, ro
     assert document["systems"] == ["base", "few_shot", "tuned", "majority"]
     accuracy = document["metrics"]["accuracy"]["systems"]
     assert accuracy["tuned"]["value"] > accuracy["majority"]["value"]
+    chosen = evaluate(run, settings=EvaluateSettings(against=("few_shot",), few_shot="best"))
+    assert chosen["few_shot_choice"]["examples"] == chosen["few_shot_examples"]
+    assert chosen["few_shot_choice"]["from"] == "train"
 
 
 def test_the_words_of_a_run_are_calibrated(tune: Tune) -> None:

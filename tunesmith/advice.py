@@ -1,9 +1,10 @@
 """`tunesmith advise`: tune, prompt, look up, or both, and what would change that.
 
 All ways answer the same held-out rows: the base alone, with examples in its prompt, and with what was looked up for each
-row; the tuned model, alone and with what was looked up. Advised is the cheapest way that is not shown to be worse than the
-best one, in the order of WAYS: nothing to keep up comes before examples, these before an index, and tuning last. Pairs of
-ways are compared on the rows, and p-values are Holm's over all ways (Holm 1979), since the best was picked by looking.
+row; the tuned model, alone and with what was looked up. The examples are those of the best prompt of several, chosen on
+other rows. Advised is the cheapest way that is not shown to be worse than the best one, in the order of WAYS: nothing to
+keep up comes before examples, these before an index, and tuning last. Pairs of ways are compared on the rows, and p-values
+are Holm's over all ways (Holm 1979), since the best was picked by looking.
 """
 
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def advise(
             f"{run.name} was tuned for {run.recipe.objective.kind_name} and writes no text that could be looked up",
             hint=f"tunesmith evaluate {run.name} compares it with what needs no tuning",
         )
-    update: dict[str, Any] = {"against": tuple(way for way in WAYS if way != "tuned")}
+    update: dict[str, Any] = {"against": tuple(way for way in WAYS if way != "tuned"), "few_shot": "best"}
     settings = run.recipe.evaluate.model_copy(update=update | ({} if rows is None else {"rows": rows}))
     evaluation = api.evaluate(run, settings=settings, workspace=workspace, on_progress=on_progress)
     curve = workspace.path / CURVES / f"{run.recipe.name}.json"
@@ -93,6 +94,8 @@ def advised(evaluation: Evaluation, *, curve: dict[str, Any] | None = None) -> d
         "ways": ways,
         "would_change": _would_change(ways, chosen=chosen, best=best, rows=document["rows"]),
     }
+    if "few_shot_choice" in document:
+        advice["few_shot"] = document["few_shot_choice"]["sentence"]
     if curve is not None:
         advice["more_rows"] = curve["sentence"]
     return advice

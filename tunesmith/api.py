@@ -102,6 +102,7 @@ def evaluate(
         before,
         settings=settings,
         train=(lambda: iter(())) if prepared is None else partial(prepared.examples, "train"),
+        validation=(lambda: iter(())) if prepared is None else partial(prepared.examples, "validation"),
         examples=examples,
         data=name,
         on_progress=on_progress,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tunesmith.data.answers import Answer
 from tunesmith.data.types import Example, Message
@@ -14,6 +15,7 @@ from tunesmith.evaluate.result import UNTUNED, Evaluation
 from tunesmith.evaluate.retrieval import PassageLookup, RowLookup, read_passages
 from tunesmith.evaluate.run import System, choose_shots, evaluate_systems, prompt_messages
 from tunesmith.evaluate.settings import LOOKING_UP, EvaluateSettings
+from tunesmith.evaluate.shots import best_shots
 from tunesmith.objectives.classification import Classification
 from tunesmith.objectives.headed import Headed
 from tunesmith.objectives.label_words import in_words
@@ -29,6 +31,7 @@ def prove_text(
     *,
     settings: EvaluateSettings,
     train: Callable[[], Iterator[Example]],
+    validation: Callable[[], Iterator[Example]],
     examples: list[Example],
     data: str,
     on_progress: Callable[[str], None],
@@ -39,15 +42,16 @@ def prove_text(
         raise RecipeError(
             f"evaluate.against: '{odd[0]}' writes no text to compare with", hint=f"there are {', '.join(WRITING)}"
         )
-    shots: tuple[Example, ...] = ()
-    if "few_shot" in against:
-        room = tuned.model.room_tokens - settings.max_tokens
-        shots = _shots(tuned, train(), settings=settings, examples=examples, room=room)
+    room = tuned.model.room_tokens - settings.max_tokens
     systems = [System("tuned", tuned.model)]
     systems += [base] if "base" in against else []
-    systems += [replace(base, name="few_shot", shots=shots)] if shots else []
+    choice = None
+    if "few_shot" in against:
+        few_shot, choice = _few_shot(
+            tuned, base, settings=settings, train=train(), validation=validation(), examples=examples, room=room
+        )
+        systems += [] if few_shot is None else [few_shot]
     if looking_up := [name for name in against if name in LOOKING_UP]:
-        room = tuned.model.room_tokens - settings.max_tokens
         if examples and examples[0].text is not None:
             raise RecipeError(
                 f"evaluate.against: '{looking_up[0]}' needs questions, and these rows are plain text",
@@ -72,7 +76,7 @@ def prove_text(
         evaluation.document["judge"] = prove_judged(
             evaluation, settings=settings.judge, cache=cache, on_progress=on_progress
         )
-    return evaluation
+    return _with_choice(evaluation, choice)
 
 
 def prove_head(
@@ -81,6 +85,7 @@ def prove_head(
     *,
     settings: EvaluateSettings,
     train: Callable[[], Iterator[Example]],
+    validation: Callable[[], Iterator[Example]],
     examples: list[Example],
     data: str,
     on_progress: Callable[[str], None],
@@ -90,17 +95,24 @@ def prove_head(
     assert isinstance(objective, Headed)
     against = systems_of(objective, settings=settings, speaks=not tuned.model.is_encoder)
     systems: dict[str, Callable[[list[Example]], Answer]] = {"tuned": tuned.predict_examples}
-    num_shots, fitting = 0, examples
+    num_shots, fitting, choice = 0, examples, None
     for name in against:
         if name in UNTUNED:
             room = tuned.model.room_tokens - LONGEST_NAME_TOKENS
             system = base
             if name == "few_shot":
-                asked = [in_words(e) for e in examples]
-                shots = _shots(tuned, map(in_words, train()), settings=settings, examples=asked, room=room)
-                if not shots:
+                few_shot, choice = _few_shot(
+                    tuned,
+                    base,
+                    settings=settings,
+                    train=map(in_words, train()),
+                    validation=map(in_words, validation()),
+                    examples=[in_words(e) for e in examples],
+                    room=room,
+                )
+                if few_shot is None:
                     continue
-                system, num_shots = replace(base, shots=shots), len(shots)
+                system, num_shots = few_shot, len(few_shot.shots)
             elif name == "retrieval":
                 worded = (in_words(row) for row in train())
                 system = replace(base, lookup=_lookup(tuned, worded, settings=settings, room=room))
@@ -115,7 +127,7 @@ def prove_head(
             )
         else:
             systems[name] = partial(_constant, name, objective=objective, train=train)
-    return evaluate_heads(
+    evaluation = evaluate_heads(
         systems,
         examples=fitting,
         objective=objective,
@@ -126,6 +138,7 @@ def prove_head(
         num_left_out=len(examples) - len(fitting),
         on_progress=on_progress,
     )
+    return _with_choice(evaluation, choice)
 
 
 def _lookup(
@@ -147,12 +160,37 @@ def _with_shots(example: Example, shots: tuple[Example, ...], *, plain: bool) ->
     return prompt_messages(example, shots=shots, plain=plain)
 
 
-def _shots(
-    tuned: Tuned, train: Iterator[Example], *, settings: EvaluateSettings, examples: list[Example], room: int
-) -> tuple[Example, ...]:
-    return choose_shots(
-        train, count=settings.few_shot, seed=settings.seed, template=tuned.template, examples=examples, room=room
-    )
+def _few_shot(
+    tuned: Tuned,
+    base: System,
+    *,
+    settings: EvaluateSettings,
+    train: Iterator[Example],
+    validation: Iterator[Example],
+    examples: list[Example],
+    room: int,
+) -> tuple[System | None, dict[str, Any] | None]:
+    """The base with examples, None where none can be shown; and how they were chosen, where they were."""
+    if settings.few_shot == "best" and examples[0].text is None:
+        choice = best_shots(
+            base,
+            train=train,
+            validation=validation,
+            examples=examples,
+            template=base.template or tuned.template,
+            seed=settings.seed,
+            room=room,
+        )
+        return replace(base, name="few_shot", shots=choice.shots), choice.document
+    count = 0 if settings.few_shot == "best" else settings.few_shot
+    shots = choose_shots(train, count=count, seed=settings.seed, template=tuned.template, examples=examples, room=room)
+    return (replace(base, name="few_shot", shots=shots) if shots else None), None
+
+
+def _with_choice(evaluation: Evaluation, choice: dict[str, Any] | None) -> Evaluation:
+    if choice is not None:
+        evaluation.document["few_shot_choice"] = choice
+    return evaluation
 
 
 def _constant(name: str, rows: list[Example], *, objective: Headed, train: Callable[[], Iterator[Example]]) -> Answer:

@@ -72,6 +72,7 @@ def evaluation_text(document: dict[str, Any]) -> str:
     head = f"{document['run']} on {document['rows']:,} held-out rows ({document['data']}{left})"
     parts = [head, "", aligned(table), "", aligned(differences), "", document["sentence"]]
     parts += [document["corrected"]["sentence"]] if "corrected" in document else []
+    parts += [f"few-shot: {document['few_shot_choice']['sentence']}"] if "few_shot_choice" in document else []
     parts += [ALSO_CHOSE] if document["data"] == "validation" else []
     if general := document.get("general"):
         parts += ["", f"general rows ({general['data']}, {general['rows']:,}): {general['sentence']}"]
@@ -192,6 +193,7 @@ def advice_text(advice: dict[str, Any]) -> str:
     parts = [f"{advice['run']} on {advice['rows']:,} held-out rows ({advice['data']})", "", aligned(table), ""]
     parts.append(f"advice: {advice['because']}")
     parts += [f"  - {text}" for text in advice["would_change"]]
+    parts += [f"  - few-shot: {advice['few_shot']}"] if "few_shot" in advice else []
     parts += [f"  - {advice['more_rows']}"] if "more_rows" in advice else []
     return "\n".join(parts)
 

@@ -160,6 +160,7 @@ def _scores(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "num_rows": evaluation["rows"],
         "kind": evaluation["data"] if evaluation["data"] in ("test", "validation") else "other",
         "note": ALSO_CHOSE if evaluation["data"] == "validation" else "",
+        "few_shot": evaluation.get("few_shot_choice", {}).get("sentence", ""),
     }
 
 

@@ -114,23 +114,31 @@ def choose_shots(
     """At most `count` training examples, drawn by `seed`, such that every row still fits into `room` tokens."""
     if examples[0].text is not None:
         return ()
-    random = np.random.default_rng(seed)
+    shots = tuple(sampled(train, count=count, random=np.random.default_rng(seed)))
+    while shots and not shots_fit(shots, template=template, examples=examples, room=room):
+        shots = shots[:-1]
+    return shots
+
+
+def sampled(rows: Iterator[Example], *, count: int, random: np.random.Generator) -> list[Example]:
+    """At most `count` of the rows, drawn at random in one pass: memory does not grow with the rows."""
     drawn: list[Example] = []
-    for number, example in enumerate(train):  # reservoir sampling: memory does not grow with the rows
+    for number, example in enumerate(rows):
         if len(drawn) < count:
             drawn.append(example)
         elif (place := int(random.integers(0, number + 1))) < count:
             drawn[place] = example
-    shots = tuple(drawn)
-    while shots:
-        longest = max(
-            len(template.prompt(prompt_messages(e, shots=shots, plain=template.plain), tools=e.tools).ids)
-            for e in sorted(examples, key=_characters)[-8:]
-        )
-        if longest <= room:
-            break
-        shots = shots[:-1]
-    return shots
+    return drawn
+
+
+def shots_fit(shots: tuple[Example, ...], *, template: ChatTemplate, examples: list[Example], room: int) -> bool:
+    """Whether the longest rows, with `shots` before them, stay within `room` tokens."""
+    prompts = ((prompt_messages(e, shots=shots, plain=template.plain), e.tools) for e in _longest(examples))
+    return all(len(template.prompt(messages, tools=tools).ids) <= room for messages, tools in prompts)
+
+
+def _longest(examples: list[Example]) -> list[Example]:
+    return sorted(examples, key=_characters)[-8:]
 
 
 def _characters(example: Example) -> int:

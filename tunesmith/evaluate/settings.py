@@ -68,7 +68,11 @@ class EvaluateSettings(BaseModel):
         " also the most frequent class (majority), for a regression the median and the mean of the training rows; retrieval "
         "and tuned_retrieval are base and tuned with what was looked up for each row",
     )
-    few_shot: int = Field(default=4, ge=1, le=64, description="training examples in the prompt of `few_shot`")
+    few_shot: int | Literal["best"] = Field(
+        default=4,
+        description="training examples in the prompt of `few_shot`, 1 to 64, drawn at random; `best` chooses how many and"
+        " which on rows that are not evaluated",
+    )
     look_up: int = Field(default=4, ge=1, le=64, description="rows or passages looked up for each row")
     documents: str | None = Field(
         default=None, description="folder of texts in which passages are looked up; the training rows by default"
@@ -135,6 +139,13 @@ class EvaluateSettings(BaseModel):
         if pattern is not None:
             compiled(pattern)
         return pattern
+
+    @field_validator("few_shot", mode="before")
+    @classmethod
+    def _count_or_best(cls, value: object) -> object:
+        if value == "best" or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 64):
+            return value
+        raise ValueError(f"a number of examples from 1 to 64 is expected, or best (found {value!r})")
 
     @field_validator("gate")
     @classmethod
