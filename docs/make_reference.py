@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from tunesmith.data.settings import DataSettings, SelectSettings
+from tunesmith.data.settings import DataSettings, LookUpSettings, SelectSettings
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.settings import EvaluateSettings, JudgeSettings
 from tunesmith.methods import METHODS
@@ -84,6 +84,7 @@ def render() -> str:
         _section("`base`, as a section", NewBase, about="A model made from a configuration, for `method: full`."),
         _section("`data`", DataSettings),
         _section("`data.select`", SelectSettings, level=3),
+        _section("`data.look_up`", LookUpSettings, level=3),
         *_kinds("objective", OBJECTIVES, about=lambda kind: kind.summary),
         *_kinds("method", METHODS, about=lambda kind: f"{kind.summary}; learning rate {_rate(kind)} by default"),
         _section("`train`", TrainSettings),

@@ -717,6 +717,32 @@ def test_base_and_tuned_may_look_up_rows_or_passages(original, shared, project):
         EvaluateSettings(look_up=3)
 
 
+def test_a_run_trained_with_passages_is_asked_with_them(project):
+    (project / "library").mkdir()
+    for number in range(24):
+        (project / "library" / f"{number}.txt").write_text(
+            f"Number {number} has the colour {['red', 'green'][number % 2]}."
+        )
+    run = tune(
+        project, "train.max_steps=2", "data.look_up={documents: library, passages: 1, share: 0.9}",
+        "evaluate={against: [base, tuned_retrieval], metrics: [perplexity], max_tokens: 4, look_up: 1}",
+    )  # fmt: skip
+    assert run.recipe.data.look_up.documents == str(project / "library")
+    counts = run.resolved["hashes"]["files"]
+    assert len(counts["look_up"]) == 24
+    trained = json.loads((run.path / "ledger.json").read_text())["reasons"]["trained"]
+    assert trained["with passages found"] > trained.get("with other passages", 0)
+    document = evaluate(project, run).document
+    assert document["systems"] == ["base", "tuned", "tuned_retrieval"]
+    shown = [json.loads(line) for line in (run.path / "examples.jsonl").read_text().splitlines()]
+    for row in shown:
+        number = row["prompt"][0]["content"].split()[-1].removesuffix("?")
+        assert row["looked_up"] == {"tuned_retrieval": [f"{number}.txt:1"]}
+        assert row["prompt"][0]["content"] == f"What colour has number {number}?"
+    with pytest.raises(RecipeError, match="puts passages before questions, and objective 'causal' answers none"):
+        tune(project, "data.look_up={documents: library}", "objective=causal")
+
+
 def test_the_best_prompt_is_chosen_on_rows_that_are_not_evaluated(original, shared):
     settings = EvaluateSettings(against=("base", "few_shot"), few_shot="best", metrics=("perplexity",))
     for data, side in ((None, "train"), (original / "test.jsonl", "validation")):

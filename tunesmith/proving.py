@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.answers import Answer
+from tunesmith.data.retrieval import PassageLookup, RowLookup, read_passages
 from tunesmith.data.types import Example, Message
 from tunesmith.errors import RecipeError
 from tunesmith.evaluate.heads import baseline, evaluate_heads, named_classes, systems_of, that_fit
 from tunesmith.evaluate.judge import prove_judged
 from tunesmith.evaluate.result import UNTUNED, Evaluation
-from tunesmith.evaluate.retrieval import PassageLookup, RowLookup, read_passages
 from tunesmith.evaluate.run import System, choose_shots, evaluate_systems, prompt_messages
 from tunesmith.evaluate.settings import LOOKING_UP, EvaluateSettings
 from tunesmith.evaluate.shots import best_shots
@@ -150,8 +150,10 @@ def _lookup(
     def fits(messages: list[Message], example: Example) -> bool:
         return len(template.prompt(messages, tools=example.tools).ids) <= room
 
-    if settings.documents is not None:
-        return PassageLookup(read_passages(Path(settings.documents)), count=settings.look_up, fits=fits)
+    trained = tuned.run.recipe.data.look_up
+    documents = trained.documents if settings.documents is None and trained is not None else settings.documents
+    if documents is not None:
+        return PassageLookup(read_passages(Path(documents)), count=settings.look_up, fits=fits)
     show = partial(_with_shots, plain=template.plain)
     return RowLookup(rows, count=settings.look_up, fits=fits, show=show)
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from tunesmith.data.settings import DataSettings, SelectSettings
+from tunesmith.data.settings import DataSettings, LookUpSettings, SelectSettings
 from tunesmith.errors import NotFoundError, RecipeError
 from tunesmith.evaluate.code import CODE_METRICS
 from tunesmith.evaluate.own import is_own
@@ -24,7 +24,9 @@ from tunesmith.methods import METHODS, AnyMethod
 from tunesmith.methods.lora import Lora
 from tunesmith.models.base import NewBase
 from tunesmith.objectives import OBJECTIVES, AnyObjective
+from tunesmith.objectives.causal import Causal
 from tunesmith.objectives.classification import Classification
+from tunesmith.objectives.headed import Headed
 from tunesmith.objectives.instruction import Instruction
 from tunesmith.registry.workspace import check_recipe_name
 from tunesmith.train.settings import PlanSettings, TrainSettings
@@ -78,6 +80,10 @@ class Recipe(BaseModel):
         if self.data.replay is not None and not self.objective.replays:
             raise ValueError(
                 f"data.replay has no place in objective '{self.objective.kind_name}', which learns no texts"
+            )
+        if self.data.look_up is not None and isinstance(self.objective, Headed | Causal):
+            raise ValueError(
+                f"data.look_up puts passages before questions, and objective '{self.objective.kind_name}' answers none"
             )
         if self.data.replay is not None and self.data.replay == self.evaluate.general:
             raise ValueError(
@@ -241,7 +247,7 @@ def _unknown(path: list[str], value: Any) -> tuple[str, str]:
     *parents, key = path
     models: dict[str, type[BaseModel]] = {
         "data": DataSettings, "train": TrainSettings, "evaluate": EvaluateSettings, "plan": PlanSettings,
-        "data.select": SelectSettings,
+        "data.select": SelectSettings, "data.look_up": LookUpSettings,
     }  # fmt: skip
     model: type[BaseModel] = Recipe
     if parents:
@@ -305,6 +311,8 @@ def _resolved(recipe: Recipe, *, folder: Path) -> Recipe:
         given = getattr(data, key)
         if isinstance(given, str):
             update[key] = path(given)
+    if data.look_up is not None:
+        update["look_up"] = data.look_up.model_copy(update={"documents": path(data.look_up.documents)})
     base: str | NewBase = recipe.base
     if isinstance(base, NewBase):
         base = base.model_copy(update={"config": path(base.config), "tokenizer": path(base.tokenizer)})

@@ -21,6 +21,8 @@ from tunesmith.data.curate.select import select
 from tunesmith.data.formats import examine
 from tunesmith.data.general import draw_key, drawn_keys, parts
 from tunesmith.data.ledger import Ledger, Problem
+from tunesmith.data.look_up import Passages
+from tunesmith.data.retrieval import documents_in
 from tunesmith.data.settings import DESCRIBING, DataSettings
 from tunesmith.data.sources import read_rows, resolve
 from tunesmith.data.split import is_in, side
@@ -158,6 +160,9 @@ def prepare(
     texts = [] if settings.protected is None else files_below(settings.protected)
     read |= {"protected": [(str(path), path) for path in texts]}
     files = {name: [f"{shown} {sha256_file(path)}" for shown, path in found] for name, found in read.items() if found}
+    if settings.look_up is not None:
+        documents = documents_in(Path(settings.look_up.documents))
+        files["look_up"] = [f"{path} {sha256_file(path)}" for path in documents]
     objective = objective.fitted(usable(settings))  # so that the fitted one, as a run has it, finds the same rows
     what = {
         "files": files,
@@ -230,15 +235,19 @@ class _Preparation:
     trained_weight: float = 0.0
     selected: set[Origin] | None = None  # the training rows that `data.select` keeps
     left_out: dict[Origin, Problem] = field(default_factory=dict)  # those that `data.leave_out` does not
+    passages: Passages | None = None  # that `data.look_up` puts before the questions
 
     def run(self) -> None:
         found = look(lambda: usable(self.settings), settings=self.settings)
         self.ledger.findings, self.left_out = found.counts, found.left_out
+        if self.settings.look_up is not None:
+            self.passages = Passages(self.settings.look_up, fits=self._fits)
         if self.settings.select is not None:
             first = _Preparation(
                 self.settings, self.objective, self.template, self.max_tokens, self.folder, lambda rows: None
             )
             first.left_out = self.left_out
+            first.passages = self.passages
             self.selected = select(first.candidates(), settings=self.settings.select)
         (self.folder / "objective.json").write_text(json.dumps(self.objective.model_dump(mode="json")), "utf-8")
         sides = ("train", "validation", "test")
@@ -344,20 +353,21 @@ class _Preparation:
         self, batch: list[Example], *, name: str, shares: dict[str, float]
     ) -> Iterator[tuple[Example, str, list[Sequence]]]:
         """The examples that stay, with their side and sequences; the others are entered in the ledger."""
-        for example, sequences in self._sequences(batch):
-            where = name if name != "train" else side(example.prompt_key, shares=shares)
+        sides = [name if name != "train" else side(example.prompt_key, shares=shares) for example in batch]
+        for example, where, sequences, reason in self._sequences(batch, sides=sides):
             if sequences is None or self._duplicate(example, where=where):
                 continue
             if where == "train" and (problem := self.left_out.get(example.origin)) is not None:
                 near = problem.kind == "near_duplicate"
                 other = problem.origin if problem.other == example.origin else problem.other
-                state, reason = ("duplicate", "near") if near else ("dropped", problem.kind)
-                self.ledger.record(example.origin, state=state, reason=reason, other=other)
+                state, why = ("duplicate", "near") if near else ("dropped", problem.kind)
+                self.ledger.record(example.origin, state=state, reason=why, other=other)
                 continue
             if where == "train" and not is_in(example.prompt_key, share=self.settings.train_share):
                 self.ledger.record(example.origin, state="dropped", reason="train_share")
                 continue
-            settled = self._settled(example, sequences, where=where, among=self.selected if where == "train" else None)
+            among = self.selected if where == "train" else None
+            settled = self._settled(example, sequences, where=where, among=among, reason=reason)
             if settled is not None:
                 yield example, where, settled
 
@@ -390,21 +400,34 @@ class _Preparation:
             self.ledger.record(example.origin, state="trained", reason=reason)
         return sequences
 
-    def _sequences(self, batch: list[Example]) -> Iterator[tuple[Example, list[Sequence] | None]]:
-        """Render a batch at once; row by row only where one of them is refused."""
+    def _sequences(
+        self, batch: list[Example], *, sides: list[str]
+    ) -> Iterator[tuple[Example, str, list[Sequence] | None, str]]:
+        """Render a batch at once, row by row only where one of them is refused; with what was put before each question."""
         try:
-            yield from zip(batch, self._render(batch), strict=True)
+            yield from zip(batch, sides, *self._render(batch, sides=sides), strict=True)
         except (TemplateError, DataError):
-            for example in batch:
+            for example, where in zip(batch, sides, strict=True):
                 try:
-                    yield example, self._render([example])[0]
+                    (sequences,), (reason,) = self._render([example], sides=[where])
+                    yield example, where, sequences, reason
                 except (TemplateError, DataError) as error:
                     kind = "template" if isinstance(error, TemplateError) else "bad_row"
                     self._refuse(Problem(kind, "error", *example.origin, error.message, hint=error.hint))
-                    yield example, None
+                    yield example, where, None, ""
 
-    def _render(self, batch: list[Example]) -> list[list[Sequence]]:
-        return self.objective.sequences(batch, template=self.template, max_tokens=self.max_tokens)
+    def _render(self, batch: list[Example], *, sides: list[str]) -> tuple[list[list[Sequence]], list[str]]:
+        shown = [(example, "") for example in batch]
+        if self.passages is not None:
+            helped = zip(batch, sides, strict=True)
+            shown = [self.passages.shown(example, is_trained=where == "train") for example, where in helped]
+        examples = [example for example, _ in shown]
+        sequences = self.objective.sequences(examples, template=self.template, max_tokens=self.max_tokens)
+        return sequences, [reason for _, reason in shown]
+
+    def _fits(self, example: Example) -> bool:
+        found = self.objective.sequences([example], template=self.template, max_tokens=self.max_tokens)[0]
+        return max(s.num_context_tokens for s in found) <= self.max_tokens
 
     def _duplicate(self, example: Example, *, where: str) -> bool:
         """Whether the row is left out because it stands elsewhere: in a held-out file, or (if asked) before."""

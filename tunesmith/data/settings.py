@@ -49,6 +49,22 @@ class SelectSettings(BaseModel):
         return max(int(self.keep * num_rows), 1) if self.keep < 1 else min(int(self.keep), num_rows)
 
 
+class LookUpSettings(BaseModel):
+    """Train with passages before the questions, as `tuned_retrieval` is asked (`data.look_up`; RAFT, Zhang et al. 2024)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    documents: str = Field(description="Folder of texts in which passages are looked up for each question.")
+    passages: int = Field(default=4, ge=1, le=64, description="How many passages stand before a question at most.")
+    share: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="The share of the training rows with the passages most like the question; the rest have others alone, so"
+        " that the model learns to ignore what does not help.",
+    )
+
+
 class DataSettings(BaseModel):
     """What to read and how to treat it. Every default refuses rather than loses a row."""
 
@@ -83,6 +99,9 @@ class DataSettings(BaseModel):
     )
     select: SelectSettings | None = Field(
         default=None, description="Train on fewer rows, chosen to stand for all: the section below."
+    )
+    look_up: LookUpSettings | None = Field(
+        default=None, description="Train with passages of documents before the questions: the section below."
     )
     form: Form = Field(default="auto", description="The form of the rows; `auto` tells it from each row's columns.")
     mapping: dict[str, str] = Field(

@@ -30,6 +30,11 @@ def is_in(key: str, *, share: float) -> bool:
     return _place(b"tunesmith share\0", key) < share
 
 
+def is_helped(key: str, *, share: float) -> bool:
+    """Whether a training row is shown what was found for it (`data.look_up`), and not other passages alone."""
+    return _place(b"tunesmith look up\0", key) < share
+
+
 def _place(what: bytes, key: str) -> float:
     """A number in [0, 1) that the key alone decides."""
     digest = hashlib.sha256(what + key.encode()).digest()

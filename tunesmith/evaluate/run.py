@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.data.retrieval import Lookup
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example, Message, Sequence
 from tunesmith.errors import DataError, ModelError, RecipeError
@@ -24,7 +25,6 @@ from tunesmith.evaluate.metric import Metric
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.own import settled
 from tunesmith.evaluate.result import Answers, Evaluation, concluded, drawn
-from tunesmith.evaluate.retrieval import Lookup
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.generate.runner import Generator
 from tunesmith.generate.sampling import Sampling

@@ -75,7 +75,9 @@ class EvaluateSettings(BaseModel):
     )
     look_up: int = Field(default=4, ge=1, le=64, description="rows or passages looked up for each row")
     documents: str | None = Field(
-        default=None, description="folder of texts in which passages are looked up; the training rows by default"
+        default=None,
+        description="folder of texts in which passages are looked up; by default that of data.look_up, else the training"
+        " rows",
     )
     general: str | None = Field(
         default=None, description="a file of texts, or of questions and answers, that tuning should not make worse"

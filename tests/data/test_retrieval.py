@@ -10,9 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.types import Example, Message, Origin
-from tunesmith.errors import DataError, NotFoundError
-from tunesmith.evaluate.retrieval import (
+from tunesmith.data.retrieval import (
     K1,
     PASSAGE_CHARACTERS,
     B,
@@ -22,6 +20,8 @@ from tunesmith.evaluate.retrieval import (
     asked_text,
     read_passages,
 )
+from tunesmith.data.types import Example, Message, Origin
+from tunesmith.errors import DataError, NotFoundError
 from tunesmith.evaluate.run import prompt_messages
 
 

@@ -1,4 +1,4 @@
-"""What needs no tuning: for every question the training rows, or passages of documents, that are most like it.
+"""For every question the rows, or passages of documents, that are most like it, put into its prompt.
 
 They are found by their words (Okapi BM25; Robertson and Zaragoza 2009, "The Probabilistic Relevance Framework", eq. 3.15):
 
@@ -144,24 +144,30 @@ class PassageLookup:
         """The passages that are shown, as many as fit."""
         key = example.prompt_key
         if key not in self._known:
-            self._known[key] = self._found(example)
+            self._known[key] = self.fitting(example, self.nearest(example))
         return self._known[key]
 
-    def _found(self, example: Example) -> list[Passage]:
-        found = [self.passages[place] for place in self._index.nearest(asked_text(example), count=self.count)]
-        while found and not self.fits(self._before(example, found), example):
+    def nearest(self, example: Example) -> list[int]:
+        """Places of the passages that are most like the question."""
+        return self._index.nearest(asked_text(example), count=self.count)
+
+    def fitting(self, example: Example, places: Iterable[int]) -> list[Passage]:
+        """The first of these passages, as many as fit before the question."""
+        found = [self.passages[place] for place in places]
+        while found and not self.fits(self.before(example, found), example):
             found.pop()
         return found
 
     def prompt(self, example: Example) -> list[Message]:
         """The question with the passages before it."""
-        return self._before(example, self.found(example))
+        return self.before(example, self.found(example))
 
     def origins(self, example: Example) -> list[str]:
         """Files and lines."""
         return [str(passage.origin) for passage in self.found(example)]
 
-    def _before(self, example: Example, passages: list[Passage]) -> list[Message]:
+    def before(self, example: Example, passages: list[Passage]) -> list[Message]:
+        """The messages that are asked, with these passages in the turn of the question."""
         messages = list(example.asked[0])
         if not passages:
             return messages
@@ -171,15 +177,20 @@ class PassageLookup:
         return messages
 
 
+def documents_in(folder: Path) -> list[Path]:
+    """All text files below a folder (DOCUMENTS), in order. NotFoundError where there is no such folder."""
+    if not folder.is_dir():
+        raise NotFoundError("no such folder", file=folder, hint="documents is a folder with text files")
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in DOCUMENTS and p.is_file())
+
+
 def read_passages(folder: Path) -> list[Passage]:
-    """The paragraphs of all text files below a folder (DOCUMENTS), joined up to PASSAGE_CHARACTERS.
+    """The paragraphs of all text files below a folder, joined up to PASSAGE_CHARACTERS.
 
     NotFoundError where there is no such folder, DataError where it holds no text or one that is not UTF-8.
     """
-    if not folder.is_dir():
-        raise NotFoundError("no such folder", file=folder, hint="evaluate.documents is a folder with text files")
     passages = []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in DOCUMENTS and p.is_file()):
+    for path in documents_in(folder):
         try:
             passages += _passages(path.read_text("utf-8"), name=str(path.relative_to(folder)))
         except UnicodeDecodeError as error:

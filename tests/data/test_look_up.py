@@ -1,0 +1,134 @@
+"""Passages before the questions that are trained on: what is trained is what is asked, counted and known to the cache."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.data.prepare import Prepared, prepare
+from tunesmith.data.retrieval import PassageLookup, read_passages
+from tunesmith.data.settings import DataSettings, LookUpSettings
+from tunesmith.data.template import ChatTemplate
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.types import Example
+from tunesmith.errors import DataError, NotFoundError
+from tunesmith.objectives.causal import Causal
+from tunesmith.objectives.instruction import Instruction
+
+NUM_ROWS = 60
+MAX_TOKENS = 2048
+Make = Callable[..., Prepared]
+
+
+@pytest.fixture(scope="session")
+def template(toy_tokenizer: Tokenizer) -> ChatTemplate:
+    return ChatTemplate(toy_tokenizer)
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    """A passage for each row's number, too long to be joined with the next."""
+    folder = tmp_path / "library"
+    folder.mkdir()
+    for number in range(NUM_ROWS):
+        (folder / f"{number:03}.txt").write_text(f"Number {number:03} is red. " + "filler " * 5)
+    return folder
+
+
+@pytest.fixture
+def make(tmp_path: Path, template: ChatTemplate, documents: Path) -> Make:
+    def make(rows: list[dict[str, Any]] | None = None, *, max_tokens: int = MAX_TOKENS, **given: Any) -> Prepared:
+        path = tmp_path / "rows.jsonl"
+        rows = rows or [{"prompt": f"Colour of {n:03}?", "completion": "red"} for n in range(NUM_ROWS)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        look_up = LookUpSettings(**{"documents": str(documents), "passages": 2} | given.pop("look_up", {}))
+        objective = given.pop("objective", Instruction())
+        settings = DataSettings(**{"train": str(path), "validation": 0.2, "look_up": look_up} | given)
+        return prepare(
+            settings, objective=objective, template=template, max_tokens=max_tokens, cache=tmp_path / "cache"
+        )
+
+    return make
+
+
+def asked(prepared: Prepared, name: str, *, template: ChatTemplate) -> list[str]:
+    """The prompts of a side as they are read, without the answer."""
+    store = {"train": prepared.train, "validation": prepared.validation}[name]
+    assert store is not None
+    texts = []
+    for unit in range(len(store)):
+        ((sequence),) = store.unit(unit)
+        texts.append(template.tokenizer.decode(sequence.tokens_T[sequence.weight_T == 0].tolist()))
+    return texts
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_rows_have_what_is_found_or_other_passages_as_they_are_asked(make, template, documents, share):
+    prepared = make(look_up={"share": share})
+    lookup = PassageLookup(read_passages(documents), count=2, fits=lambda messages, example: True)
+
+    def found(example: Example) -> str:
+        return template.tokenizer.decode(template.prompt(lookup.prompt(example)).ids)
+
+    rows = list(prepared.examples("train"))
+    as_asked = [text == found(row) for row, text in zip(rows, asked(prepared, "train", template=template), strict=True)]
+    counts = prepared.ledger["reasons"]["trained"]
+    assert counts.get("with passages found") == sum(as_asked)
+    assert counts.get("with other passages", 0) == len(rows) - sum(as_asked)
+    assert sum(as_asked) == len(rows) if share == 1 else 0.3 * len(rows) < sum(as_asked) < 0.7 * len(rows)
+    for row, text, helped in zip(rows, asked(prepared, "train", template=template), as_asked, strict=True):
+        number = row.messages[0].content.removeprefix("Colour of ").removesuffix("?")
+        assert text.count("is red.") == 2 if not helped else f"Number {number} is red." in text
+        assert (f"Number {number} is red." in text) == helped
+        assert len(row.messages) == 2  # what few-shot prompts are drawn from has no passages
+        assert "filler" not in row.messages[0].content
+    held = list(prepared.examples("validation"))
+    assert held
+    assert asked(prepared, "validation", template=template) == [found(row) for row in held]
+
+
+def test_fewer_passages_stand_before_a_question_where_the_row_would_be_too_long(make, template):
+    whole = make(look_up={"share": 0.5})
+    lengths = [len(s.tokens_T) for unit in range(len(whole.train)) for s in whole.train.unit(unit)]
+    for limit, most in ((max(lengths) - 1, 1), (40, 0)):
+        shorter = make(look_up={"share": 0.5}, max_tokens=limit)
+        assert shorter.train.longest() <= limit
+        texts = asked(shorter, "train", template=template)
+        assert max(text.count("is red.") for text in texts) >= most
+        assert len(texts) == len(whole.train)
+    assert shorter.ledger["reasons"]["trained"] == {"without passages": len(whole.train)}
+
+
+def test_rows_keep_their_passages_whatever_is_added(make, template):
+    before = make(look_up={"share": 0.5}, validation=None)
+    rows = [{"prompt": f"Colour of {n:03}?", "completion": "red"} for n in range(NUM_ROWS)]
+    after = make([{"prompt": "And of 999?", "completion": "none"}, *rows], look_up={"share": 0.5}, validation=None)
+    assert asked(after, "train", template=template)[1:] == asked(before, "train", template=template)
+
+
+def test_the_documents_are_part_of_what_is_prepared(make, documents):
+    first = make()
+    assert make().folder == first.folder
+    assert len(first.files["look_up"]) == NUM_ROWS
+    (documents / "000.txt").write_text("Number 000 is green.")
+    assert make().folder != first.folder
+    assert make(look_up={"share": 0.5}).folder != make(look_up={"share": 0.6}).folder
+
+
+def test_rows_without_a_question_and_folders_without_texts_are_refused(make, tmp_path):
+    texts = [{"text": f"Once there were {number} bears."} for number in range(5)]
+    with pytest.raises(DataError, match="this row is plain text"):
+        make(texts, objective=Causal())
+    with pytest.raises(NotFoundError, match="no such folder"):
+        make(look_up={"documents": str(tmp_path / "nowhere")})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no text"):
+        make(look_up={"documents": str(tmp_path / "empty")})
+
+
+def test_selected_rows_have_their_passages(make, template):
+    prepared = make(look_up={"share": 1.0}, select={"keep": 10, "by": "diversity"})
+    assert prepared.ledger["reasons"]["trained"] == {"with passages found": 10}
+    assert all("is red." in text for text in asked(prepared, "train", template=template))
