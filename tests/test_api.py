@@ -743,6 +743,18 @@ def test_a_run_trained_with_passages_is_asked_with_them(project):
         tune(project, "data.look_up={documents: library}", "objective=causal")
 
 
+def test_the_seeds_of_a_recipe_are_told_together(project):
+    brief = ("train.max_steps=2", "evaluate={against: [base], metrics: [perplexity]}")
+    documents = [evaluate(project, tune(project, *brief, f"train.seed={seed}")).document for seed in (0, 1)]
+    assert "seeds" not in documents[0]
+    found = documents[1]["seeds"]
+    values = [document["metrics"]["perplexity"]["systems"]["tuned"]["value"] for document in documents]
+    assert [entry["value"] for entry in found["runs"]] == values
+    assert [entry["seed"] for entry in found["runs"]] == [0, 1]
+    assert found["sentence"] in evaluation_text(documents[1])
+    assert found["sentence"] in html.unescape((project / "w/runs" / documents[1]["run"] / "report.html").read_text())
+
+
 def test_the_best_prompt_is_chosen_on_rows_that_are_not_evaluated(original, shared):
     settings = EvaluateSettings(against=("base", "few_shot"), few_shot="best", metrics=("perplexity",))
     for data, side in ((None, "train"), (original / "test.jsonl", "validation")):

@@ -27,6 +27,7 @@ from tunesmith.evaluate.general import prove_general
 from tunesmith.evaluate.report import write_report
 from tunesmith.evaluate.result import Evaluation
 from tunesmith.evaluate.run import System
+from tunesmith.evaluate.seeds import seeds_of
 from tunesmith.evaluate.settings import RESOLVED, EvaluateSettings
 from tunesmith.generate.sampling import Sampling
 from tunesmith.methods.several import Several
@@ -119,6 +120,8 @@ def evaluate(
         )
     if settings.gate is not None:
         evaluation.document["gate"] = judged(evaluation.document, settings.gate)
+    if (seeds := seeds_of(run.path, evaluation=evaluation.document)) is not None:
+        evaluation.document["seeds"] = seeds
     evaluation.write(run.path)
     with contextlib.suppress(NotFoundError):
         index_of(workspace).record_evaluation(run.name)

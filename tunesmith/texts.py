@@ -72,6 +72,7 @@ def evaluation_text(document: dict[str, Any]) -> str:
     head = f"{document['run']} on {document['rows']:,} held-out rows ({document['data']}{left})"
     parts = [head, "", aligned(table), "", aligned(differences), "", document["sentence"]]
     parts += [document["corrected"]["sentence"]] if "corrected" in document else []
+    parts += [document["seeds"]["sentence"]] if "seeds" in document else []
     parts += [f"few-shot: {document['few_shot_choice']['sentence']}"] if "few_shot_choice" in document else []
     parts += [ALSO_CHOSE] if document["data"] == "validation" else []
     if general := document.get("general"):

@@ -17,6 +17,7 @@ from tunesmith.evaluate.correction import outcome
 from tunesmith.evaluate.curves import Scale, curves
 from tunesmith.evaluate.examples import Headline, examples
 from tunesmith.evaluate.metrics import METRICS
+from tunesmith.evaluate.seeds import seeds_of
 from tunesmith.evaluate.statistics import NO_WIDTH, decimals, p_text
 from tunesmith.evaluate.texts import ALSO_CHOSE, bytes_text, clip, duration_text, number_text, read_optional, time_text
 from tunesmith.storage import read_json, write_text
@@ -51,6 +52,7 @@ def write_report(run_folder: Path) -> Path:
         "facts": _facts(run),
         "verdict": _verdict(evaluation, headline=headline, name=run.get("run") or run_folder.name),
         "scores": _scores(evaluation) if evaluation else None,
+        "seeds": seeds_of(run_folder, evaluation=evaluation) if evaluation else None,
         "differences": _differences(evaluation, headline=headline) if evaluation else None,
         "judge": evaluation.get("judge") if evaluation else None,
         "general": _general(evaluation["general"]) if evaluation and "general" in evaluation else None,
