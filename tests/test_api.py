@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +33,7 @@ from tunesmith.errors import (
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.generate.sampling import Sampling
 from tunesmith.models import base as models_base
+from tunesmith.models.embed import load_embedder
 from tunesmith.models.load import Model, load_model
 from tunesmith.recipe import Recipe, load_recipe
 from tunesmith.registry import store
@@ -622,7 +624,13 @@ def test_settings_about_forgetting_that_would_have_no_effect_are_refused(project
         tune(project, *overrides)
 
 
-@pytest.mark.parametrize("setting", ["general: nowhere.txt", "documents: nowhere, against: [retrieval]"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "general: nowhere.txt", "documents: nowhere, against: [retrieval]",
+        "look_up_by: embeddings, embedder: ./nowhere, against: [retrieval]",
+    ],
+)  # fmt: skip
 def test_what_the_evaluation_will_read_must_be_there_before_the_training(project, setting):
     with pytest.raises(NotFoundError) as caught:
         tune(project, f"evaluate={{{setting}}}")
@@ -715,6 +723,28 @@ def test_base_and_tuned_may_look_up_rows_or_passages(original, shared, project):
     assert {origin for row in shown for origin in row["looked_up"]["retrieval"]} == {"colours.txt:1"}
     with pytest.raises(ValueError, match="look_up has no effect"):
         EvaluateSettings(look_up=3)
+
+
+def test_what_is_looked_up_may_be_near_in_meaning(project, build_model):
+    build_model("bert", dtype=torch.float32).save(project / "encoder")
+    by = "look_up_by: embeddings, against: [retrieval], look_up: 2, metrics: [perplexity], max_tokens: 4"
+    run = tune(project, "train.max_steps=1", f"evaluate={{{by}, embedder: encoder}}")
+    assert run.recipe.evaluate.embedder == str(project / "encoder")
+    assert evaluate(project, run).document["systems"] == ["retrieval", "tuned"]
+    embed = load_embedder(str(project / "encoder"))
+    rows = [json.loads(line)["prompt"] for line in (project / "rows.jsonl").read_text().splitlines()]
+    shown = [json.loads(line) for line in (run.path / "examples.jsonl").read_text().splitlines()]
+    held = {int(row["origin"].rpartition(":")[2]) for row in shown}
+    trained = [line for line in range(1, 25) if line not in held]
+    for row in shown:
+        cosine_N = embed([rows[line - 1] for line in trained]) @ embed([row["prompt"][0]["content"]])[0]
+        nearest = [trained[place] for place in np.argsort(-cosine_N, kind="stable")[:2]]
+        assert row["looked_up"]["retrieval"] == [f"{project / 'rows.jsonl'}:{line}" for line in nearest[::-1]]
+    with pytest.raises(RecipeError, match="base' is no encoder"):
+        tune(project, f"evaluate={{{by}, embedder: base}}")
+    for odd in ("look_up_by: embeddings, against: [retrieval]", "embedder: encoder, against: [retrieval]"):
+        with pytest.raises(RecipeError, match="go together"):
+            tune(project, f"evaluate={{{odd}}}")
 
 
 def test_a_run_trained_with_passages_is_asked_with_them(project):

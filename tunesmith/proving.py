@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.answers import Answer
-from tunesmith.data.retrieval import PassageLookup, RowLookup, read_passages
+from tunesmith.data.retrieval import Bm25, Embedded, Indexer, PassageLookup, RowLookup, read_passages
 from tunesmith.data.types import Example, Message
 from tunesmith.errors import RecipeError
 from tunesmith.evaluate.heads import baseline, evaluate_heads, named_classes, systems_of, that_fit
@@ -16,6 +16,7 @@ from tunesmith.evaluate.result import UNTUNED, Evaluation
 from tunesmith.evaluate.run import System, choose_shots, evaluate_systems, prompt_messages
 from tunesmith.evaluate.settings import LOOKING_UP, EvaluateSettings
 from tunesmith.evaluate.shots import best_shots
+from tunesmith.models.embed import load_embedder
 from tunesmith.objectives.classification import Classification
 from tunesmith.objectives.headed import Headed
 from tunesmith.objectives.label_words import in_words
@@ -152,10 +153,13 @@ def _lookup(
 
     trained = tuned.run.recipe.data.look_up
     documents = trained.documents if settings.documents is None and trained is not None else settings.documents
+    indexer: Indexer = Bm25
+    if settings.embedder is not None:
+        indexer = partial(Embedded, embed=load_embedder(settings.embedder, device=str(tuned.model.device)))
     if documents is not None:
-        return PassageLookup(read_passages(Path(documents)), count=settings.look_up, fits=fits)
+        return PassageLookup(read_passages(Path(documents)), count=settings.look_up, fits=fits, indexer=indexer)
     show = partial(_with_shots, plain=template.plain)
-    return RowLookup(rows, count=settings.look_up, fits=fits, show=show)
+    return RowLookup(rows, count=settings.look_up, fits=fits, show=show, indexer=indexer)
 
 
 def _with_shots(example: Example, shots: tuple[Example, ...], *, plain: bool) -> list[Message]:

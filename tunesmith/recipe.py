@@ -325,7 +325,7 @@ def _resolved(recipe: Recipe, *, folder: Path) -> Recipe:
         os.path.join(folder, os.path.expanduser(objective.teacher_base))
     ):
         objective = objective.model_copy(update={"teacher": path(objective.teacher_base)})
-    named = {key: getattr(recipe.evaluate, key) for key in ("general", "documents", "json_schema")}
+    named = {key: getattr(recipe.evaluate, key) for key in ("general", "documents", "embedder", "json_schema")}
     evaluate = recipe.evaluate.model_copy(update={key: path(name) for key, name in named.items() if name is not None})
     if evaluate.judge is not None and evaluate.judge.labels is not None:
         judge = evaluate.judge.model_copy(update={"labels": path(evaluate.judge.labels)})

@@ -167,11 +167,16 @@ def check_suits(recipe: Recipe) -> None:
 
 def check_evaluation(recipe: Recipe) -> None:
     """NotFoundError or RecipeError where what the evaluation needs is missing or wrong, before anything is trained."""
-    general, documents = recipe.evaluate.general, recipe.evaluate.documents
+    general, documents, embedder = recipe.evaluate.general, recipe.evaluate.documents, recipe.evaluate.embedder
     if general is not None:
         resolve(general)
     if documents is not None and not Path(documents).is_dir():
         raise NotFoundError("no such folder", file=documents, hint="evaluate.documents is a folder with text files")
+    if embedder is not None and model_type_of(embedder) not in ENCODERS:
+        raise RecipeError(
+            f"evaluate.embedder: '{embedder}' is no encoder",
+            hint="name an encoder, for example sentence-transformers/all-MiniLM-L6-v2",
+        )
     tested = CODE_METRICS[:1] if "tests" in recipe.data.mapping else ()
     names = (*(recipe.evaluate.metrics or tested), *recipe.evaluate.added)
     chosen(names, settings=recipe.evaluate)

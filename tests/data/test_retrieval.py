@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from tunesmith.data.retrieval import (
     PASSAGE_CHARACTERS,
     B,
     Bm25,
+    Embedded,
+    Passage,
     PassageLookup,
     RowLookup,
     asked_text,
@@ -65,6 +68,33 @@ def test_a_rare_word_counts_more_than_a_common_one() -> None:
     assert index.nearest("which BLUE?", count=9) == [1, 2, 3]  # the longest last
     assert index.nearest("nothing like it", count=9) == []
     assert Bm25([]).nearest("fox", count=1) == []
+
+
+def letters(texts: list[str]) -> np.ndarray:
+    """Embeddings that know which letters a text has, and nothing of words."""
+    found_ND = np.array([[text.count(chr(97 + place)) + 1e-3 for place in range(26)] for text in texts]).reshape(-1, 26)
+    return found_ND / np.linalg.norm(found_ND, axis=1, keepdims=True)
+
+
+@given(st.lists(TEXT, max_size=8), TEXT, st.integers(1, 9))
+def test_the_nearest_in_meaning_have_the_largest_cosine(texts: list[str], query: str, count: int) -> None:
+    found = Embedded(texts, embed=letters).nearest(query, count=count)
+    cosines = [float(letters([text])[0] @ letters([query])[0]) for text in texts]
+    assert [cosines[place] for place in found] == pytest.approx(sorted(cosines, reverse=True)[:count])
+    assert len(set(found)) == len(found) == min(count, len(texts))
+
+
+def test_passages_and_rows_are_looked_up_in_any_index() -> None:
+    passages = [Passage(Origin("a.txt", 1), "dog bark"), Passage(Origin("a.txt", 2), "listen silent")]
+    asked = row("tinsel?")  # shares no word with either, and its letters with the second
+    indexer = partial(Embedded, embed=letters)
+    fits = lambda messages, example: True  # noqa: E731
+    assert PassageLookup(passages, count=1, fits=fits).origins(asked) == []
+    assert PassageLookup(passages, count=1, fits=fits, indexer=indexer).origins(asked) == ["a.txt:2"]
+    rows = [row("dog bark", line=1), row("listen", line=2)]
+    show = partial(prompt_messages, plain=False)
+    lookup = RowLookup(rows, count=1, fits=fits, show=lambda e, shots: show(e, shots=shots), indexer=indexer)
+    assert lookup.origins(asked) == ["rows.jsonl:2"]
 
 
 def test_the_rows_most_alike_stand_last_and_fewer_are_shown_where_they_do_not_fit() -> None:

@@ -1,10 +1,14 @@
 """For every question the rows, or passages of documents, that are most like it, put into its prompt.
 
-They are found by their words (Okapi BM25; Robertson and Zaragoza 2009, "The Probabilistic Relevance Framework", eq. 3.15):
+They are found by their words or by their meaning. By words, with Okapi BM25 (Robertson and Zaragoza 2009, "The
+Probabilistic Relevance Framework", eq. 3.15):
 
     score(q, d) = sum_{w in q} log(1 + (n - n_w + 1/2) / (n_w + 1/2)) tf (k1 + 1) / (tf + k1 (1 - b + b |d| / mean|d|))
 
-with n texts, n_w of them with the word w, and tf its number in d.
+with n texts, n_w of them with the word w, and tf its number in d. By meaning, with the cosine of their embeddings (dense
+retrieval; Karpukhin et al. 2020, eq. 1).
+
+Shapes: N texts, D embedding, W words.
 """
 
 import re
@@ -26,8 +30,31 @@ DOCUMENTS = (".txt", ".md", ".rst")
 PASSAGE_CHARACTERS = 800
 
 
+class Index(Protocol):
+    """Texts in which those most like another are found."""
+
+    def nearest(self, text: str, *, count: int) -> list[int]:
+        """Places of at most `count` texts, the most alike first; ties by their order."""
+
+
+Indexer = Callable[[list[str]], Index]
+
+
+class Embedded:
+    """An index of texts by their meaning; `embed` gives embeddings of length 1 [N, D], as models/embed.py does."""
+
+    def __init__(self, texts: list[str], *, embed: Callable[[list[str]], np.ndarray]):
+        self._embed = embed
+        self._embedding_ND = embed(texts)
+
+    def nearest(self, text: str, *, count: int) -> list[int]:
+        """At most `count` texts, the most alike first; ties by their order."""
+        cosine_N = self._embedding_ND @ self._embed([text])[0]
+        return [int(place) for place in np.argsort(-cosine_N, kind="stable")[:count]]
+
+
 class Bm25:
-    """An index of texts."""
+    """An index of texts by their words."""
 
     def __init__(self, texts: Iterable[str]):
         words: dict[str, int] = {}
@@ -96,10 +123,11 @@ class RowLookup:
         count: int,
         fits: Fits,
         show: Callable[[Example, tuple[Example, ...]], list[Message]],
+        indexer: Indexer = Bm25,
     ):
         self.rows = [row for row in rows if row.text is None]
         self.count, self.fits, self.show = count, fits, show
-        self._index = Bm25(asked_text(row) for row in self.rows)
+        self._index = indexer([asked_text(row) for row in self.rows])
         self._known: dict[str, tuple[Example, ...]] = {}  # by the key of what is asked
 
     def shown(self, example: Example) -> tuple[Example, ...]:
@@ -135,9 +163,9 @@ class Passage:
 class PassageLookup:
     """The passages most like a question, in front of it in the same turn; the most alike stands first."""
 
-    def __init__(self, passages: Sequence[Passage], *, count: int, fits: Fits):
+    def __init__(self, passages: Sequence[Passage], *, count: int, fits: Fits, indexer: Indexer = Bm25):
         self.passages, self.count, self.fits = passages, count, fits
-        self._index = Bm25(passage.text for passage in passages)
+        self._index = indexer([passage.text for passage in passages])
         self._known: dict[str, list[Passage]] = {}  # by the key of what is asked
 
     def found(self, example: Example) -> list[Passage]:

@@ -79,6 +79,13 @@ class EvaluateSettings(BaseModel):
         description="folder of texts in which passages are looked up; by default that of data.look_up, else the training"
         " rows",
     )
+    look_up_by: Literal["bm25", "embeddings"] = Field(
+        default="bm25",
+        description="what is looked up shares words with the question (bm25), or is near to it in meaning (embeddings)",
+    )
+    embedder: str | None = Field(
+        default=None, description="an encoder that gives the embeddings: a local folder or a hub name"
+    )
     general: str | None = Field(
         default=None, description="a file of texts, or of questions and answers, that tuning should not make worse"
     )
@@ -184,7 +191,9 @@ class EvaluateSettings(BaseModel):
             raise ValueError(f"pass_at is {self.pass_at} and samples are {self.samples}; draw as many or more")
         if "code_seconds" in self.model_fields_set and self.metrics and not set(self.metrics) & set(CODE_METRICS):
             raise ValueError(f"code_seconds has no effect because `metrics` names none of {', '.join(CODE_METRICS)}")
-        for name in ("look_up", "documents"):
+        if (self.look_up_by == "embeddings") != (self.embedder is not None):
+            raise ValueError("look_up_by: embeddings and embedder, which gives them, go together")
+        for name in ("look_up", "documents", "look_up_by", "embedder"):
             if name in self.model_fields_set and not set(self.against or ()) & set(LOOKING_UP):
                 raise ValueError(f"{name} has no effect because `against` names none of {', '.join(LOOKING_UP)}")
         return self
