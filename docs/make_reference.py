@@ -24,7 +24,7 @@ from pydantic_core import PydanticUndefined
 
 from tunesmith.data.settings import DataSettings, LookUpSettings, SelectSettings
 from tunesmith.evaluate.metrics import METRICS
-from tunesmith.evaluate.settings import EvaluateSettings, JudgeSettings
+from tunesmith.evaluate.settings import EvaluateSettings, GroupSettings, JudgeSettings
 from tunesmith.methods import METHODS
 from tunesmith.models.base import NewBase
 from tunesmith.objectives import OBJECTIVES, Objective
@@ -90,6 +90,7 @@ def render() -> str:
         _section("`train`", TrainSettings),
         _section("`evaluate`", EvaluateSettings),
         _section("`evaluate.judge`", JudgeSettings, level=3),
+        _section("`evaluate.groups`", GroupSettings, level=3),
         _section("`plan`", PlanSettings),
         _metrics(),
     ]

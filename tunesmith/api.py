@@ -39,6 +39,7 @@ from tunesmith.recipe import Recipe, load_recipe
 from tunesmith.registry.workspace import Workspace, find_workspace
 from tunesmith.runs import (
     Run,
+    data_settings,
     find_run,
     index_of,
     own_rows,
@@ -87,9 +88,10 @@ def evaluate(
     run = find_run(run, workspace=workspace, finished=True)
     settings = settings or run.recipe.evaluate
     tuned, before = tuned_and_base(run, workspace=workspace)
-    recipe = run.recipe
+    recipe = run.recipe.model_copy(update={"evaluate": settings})
     prepared = None
-    if data is None or settings.against is None or set(settings.against) - {"base"}:
+    others = settings.against is None or set(settings.against) - {"base"} or settings.memorised is not None
+    if data is None or others:
         prepared = prepare_data(recipe, model=tuned.model, workspace=workspace, template=tuned.template)
     if data is None:
         assert prepared is not None
@@ -163,7 +165,7 @@ def evaluation_settings(run: Run, *, against: list[str] | None = None, rows: int
 
 def _other_rows(recipe: Recipe, data: Path | str) -> list[Example]:
     """The rows of another file, read as the recipe says."""
-    examples = read_examples(str(data), settings=recipe.data)
+    examples = read_examples(str(data), settings=data_settings(recipe))
     if not examples:
         raise DataError("there are no rows in it", file=data, hint="give a file with rows")
     return examples

@@ -12,10 +12,14 @@ from tunesmith.data.types import Example, Message
 from tunesmith.errors import RecipeError
 from tunesmith.evaluate.heads import baseline, evaluate_heads, named_classes, systems_of, that_fit
 from tunesmith.evaluate.judge import prove_judged
-from tunesmith.evaluate.result import UNTUNED, Evaluation
+from tunesmith.evaluate.memorised import prove_memorised
+from tunesmith.evaluate.result import UNTUNED, Evaluation, drawn
 from tunesmith.evaluate.run import System, choose_shots, evaluate_systems, prompt_messages
 from tunesmith.evaluate.settings import LOOKING_UP, EvaluateSettings
 from tunesmith.evaluate.shots import best_shots
+from tunesmith.evaluate.stopping import hindsight
+from tunesmith.evaluate.swaps import check_swaps, counterfactuals
+from tunesmith.evaluate.texts import read_lines
 from tunesmith.models.embed import load_embedder
 from tunesmith.objectives.classification import Classification
 from tunesmith.objectives.headed import Headed
@@ -39,6 +43,8 @@ def prove_text(
 ) -> Evaluation:
     """Answers and likelihoods of the tuned model, its base, and either with examples or with what was looked up."""
     against = ("base", "few_shot") if settings.against is None else settings.against
+    if settings.swaps is not None:
+        check_swaps(settings.swaps, objective=tuned.run.recipe.objective)
     if odd := [name for name in against if name not in WRITING]:
         raise RecipeError(
             f"evaluate.against: '{odd[0]}' writes no text to compare with", hint=f"there are {', '.join(WRITING)}"
@@ -63,7 +69,7 @@ def prove_text(
         systems += [replace(of[name], name=name, lookup=lookup) for name in looking_up]
     evaluation = evaluate_systems(
         systems,
-        examples=examples,
+        examples=with_columns(examples, tuned=tuned, settings=settings),
         template=tuned.template,
         objective=tuned.run.recipe.objective,
         settings=settings,
@@ -77,7 +83,11 @@ def prove_text(
         evaluation.document["judge"] = prove_judged(
             evaluation, settings=settings.judge, cache=cache, on_progress=on_progress
         )
-    return _with_choice(evaluation, choice)
+    evaluation = _with_choice(evaluation, choice)
+    again = partial(prove_text, tuned, base, train=train, data="train", on_progress=on_progress)
+    return _with_training(
+        evaluation, again, tuned, base, settings=settings, train=train, examples=examples, writes=True
+    )
 
 
 def prove_head(
@@ -130,7 +140,7 @@ def prove_head(
             systems[name] = partial(_constant, name, objective=objective, train=train)
     evaluation = evaluate_heads(
         systems,
-        examples=fitting,
+        examples=with_columns(fitting, tuned=tuned, settings=settings),
         objective=objective,
         settings=settings,
         run=tuned.run.name,
@@ -139,7 +149,75 @@ def prove_head(
         num_left_out=len(examples) - len(fitting),
         on_progress=on_progress,
     )
-    return _with_choice(evaluation, choice)
+    evaluation = _with_choice(evaluation, choice)
+    if settings.swaps is not None:
+        on_progress("tuned and base: rows with words swapped")
+        both = {name: predict for name, predict in systems.items() if name in ("tuned", "base")}
+        evaluation.document["swaps"] = _with_swaps(both, tuned, base, settings=settings, examples=fitting)
+    again = partial(prove_head, tuned, base, train=train, data="train", on_progress=on_progress)
+    return _with_training(
+        evaluation, again, tuned, base, settings=settings, train=train, examples=examples, writes=False
+    )
+
+
+def _with_swaps(
+    systems: dict[str, Callable[[list[Example]], Answer]],
+    tuned: Tuned,
+    base: System,
+    *,
+    settings: EvaluateSettings,
+    examples: list[Example],
+) -> dict[str, Any]:
+    """The document's entry `swaps`, of the rows that were evaluated."""
+    objective = tuned.run.recipe.objective
+    assert settings.swaps is not None
+    check_swaps(settings.swaps, objective=objective)
+    assert isinstance(objective, Classification)
+    room = tuned.model.room_tokens
+    in_base = partial(that_fit, system=base, objective=objective, template=tuned.template, room_tokens=room)
+    return counterfactuals(
+        systems,
+        examples=drawn(examples, settings=settings),
+        fits=in_base if "base" in systems else list,
+        objective=objective,
+        settings=settings,
+    )
+
+
+def with_columns(examples: list[Example], *, tuned: Tuned, settings: EvaluateSettings) -> list[Example]:
+    """The rows with those of their columns that the recipe or the evaluation keeps."""
+    data = tuned.run.recipe.data.keeping(settings.columns)
+    return [replace(example, columns=data.kept(example.columns)) for example in examples]
+
+
+def _with_training(
+    evaluation: Evaluation,
+    again: Callable[..., Evaluation],
+    tuned: Tuned,
+    base: System,
+    *,
+    settings: EvaluateSettings,
+    train: Callable[[], Iterator[Example]],
+    examples: list[Example],
+    writes: bool,
+) -> Evaluation:
+    """The evaluation with what training rows say (`again` asks other rows alike), and the course of the training."""
+    if settings.memorised is not None:
+        evaluation.document["memorised"] = prove_memorised(
+            lambda how, rows: again(settings=how.model_copy(update={"judge": None}), examples=rows),
+            train=train(),
+            held_out=examples,
+            primary=evaluation.document["primary"],
+            systems=[System("tuned", tuned.model), base],
+            settings=settings,
+            template=tuned.template,
+            writes=writes,
+        )
+    run = tuned.run
+    stopping = hindsight(read_lines(run.path / "metrics.jsonl"), best_step=run.summary.get("best_step"))
+    if stopping is not None:
+        evaluation.document["stopping"] = stopping
+    return evaluation
 
 
 def _lookup(

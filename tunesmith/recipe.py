@@ -19,7 +19,7 @@ from tunesmith.data.settings import DataSettings, LookUpSettings, SelectSettings
 from tunesmith.errors import NotFoundError, RecipeError
 from tunesmith.evaluate.code import CODE_METRICS
 from tunesmith.evaluate.own import is_own
-from tunesmith.evaluate.settings import EvaluateSettings
+from tunesmith.evaluate.settings import EvaluateSettings, GroupSettings
 from tunesmith.methods import METHODS, AnyMethod
 from tunesmith.methods.lora import Lora
 from tunesmith.models.base import NewBase
@@ -325,10 +325,12 @@ def _resolved(recipe: Recipe, *, folder: Path) -> Recipe:
         os.path.join(folder, os.path.expanduser(objective.teacher_base))
     ):
         objective = objective.model_copy(update={"teacher": path(objective.teacher_base)})
-    named = {key: getattr(recipe.evaluate, key) for key in ("general", "documents", "embedder", "json_schema")}
-    evaluate = recipe.evaluate.model_copy(update={key: path(name) for key, name in named.items() if name is not None})
-    if evaluate.judge is not None and evaluate.judge.labels is not None:
-        judge = evaluate.judge.model_copy(update={"labels": path(evaluate.judge.labels)})
-        evaluate = evaluate.model_copy(update={"judge": judge})
+    named = {key: getattr(recipe.evaluate, key) for key in ("general", "documents", "embedder", "json_schema", "swaps")}
+    asked: dict[str, Any] = {key: path(name) for key, name in named.items() if name is not None}
+    if (judge := recipe.evaluate.judge) is not None and judge.labels is not None:
+        asked["judge"] = judge.model_copy(update={"labels": path(judge.labels)})
+    if recipe.evaluate.groups is not None and recipe.evaluate.groups.words is not None:
+        asked["groups"] = GroupSettings(words=path(recipe.evaluate.groups.words))
+    evaluate = recipe.evaluate.model_copy(update=asked)
     sections = {"data": data.model_copy(update=update), "base": base, "objective": objective, "evaluate": evaluate}
     return recipe.model_copy(update=sections)

@@ -14,7 +14,7 @@ import torch
 from tunesmith.data.contract import FILE as CONTRACT
 from tunesmith.data.contract import check_contract, write_contract
 from tunesmith.data.prepare import Prepared, prepare
-from tunesmith.data.settings import DESCRIBING
+from tunesmith.data.settings import DESCRIBING, DataSettings
 from tunesmith.data.sources import resolve
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example
@@ -23,6 +23,8 @@ from tunesmith.evaluate.chosen import chosen
 from tunesmith.evaluate.code import CODE_METRICS
 from tunesmith.evaluate.judge import check_judge
 from tunesmith.evaluate.settings import RESOLVED
+from tunesmith.evaluate.swaps import check_swaps
+from tunesmith.evaluate.words import read_groups
 from tunesmith.methods.base import num_trainable, set_trainable_dtype
 from tunesmith.models.base import (
     ENCODER_DECODERS,
@@ -186,6 +188,15 @@ def check_evaluation(recipe: Recipe) -> None:
                 f"evaluate.judge compares answers, and a {recipe.objective.kind_name} gives none", hint="leave it out"
             )
         check_judge(recipe.evaluate.judge)
+    if recipe.evaluate.groups is not None and recipe.evaluate.groups.words is not None:
+        read_groups(recipe.evaluate.groups.words)
+    if recipe.evaluate.swaps is not None:
+        check_swaps(recipe.evaluate.swaps, objective=recipe.objective)
+
+
+def data_settings(recipe: Recipe) -> DataSettings:
+    """How rows are read: the recipe's section, with the columns that its evaluation asks for."""
+    return recipe.data.keeping(recipe.evaluate.columns)
 
 
 def prepare_data(
@@ -206,7 +217,7 @@ def prepare_data(
         )
     workspace.create()
     return prepare(
-        recipe.data,
+        data_settings(recipe),
         objective=recipe.objective,
         template=template or template_of(model, recipe),
         max_tokens=recipe.data.max_tokens or min(limit, longest_unasked(model.causal.config.to_dict())),

@@ -9,6 +9,8 @@ from tunesmith.evaluate.texts import ALSO_CHOSE
 from tunesmith.registry.compare import aligned
 from tunesmith.train.memory import bytes_text
 
+SHOWN_GROUPS = 20
+
 
 def ledger_text(document: dict[str, Any]) -> str:
     """What `data prepare` did."""
@@ -82,12 +84,39 @@ def evaluation_text(document: dict[str, Any]) -> str:
             parts.append(f"{general['right_before']:,} answers were right before and are wrong now: {where}")
     if judge := document.get("judge"):
         parts += ["", judge["sentence"]]
+    parts += _honest_lines(document)
     if gate := document.get("gate"):
         rules = [["", "gate", "", "because"]]
         for rule in gate["rules"]:
             rules.append(["yes" if rule["passed"] else "NO", rule["metric"], rule["rule"], rule["because"]])
         parts += ["", aligned(rules), f"the gate {'lets it pass' if gate['passed'] else 'says no'}"]
     return "\n".join(parts)
+
+
+def _honest_lines(document: dict[str, Any]) -> list[str]:
+    """What was memorised, how the groups compare, what swapped words change, and whether the last step was the best."""
+    parts: list[str] = []
+    if memorised := document.get("memorised"):
+        rows = memorised["rows"]
+        parts += ["", f"{rows['train']:,} training rows beside {rows['held_out']:,} held-out ones:"]
+        parts += [f"  {sentence}" for sentence in memorised["sentences"]]
+    if groups := document.get("groups"):
+        of = groups["metrics"][document["primary"]]["systems"]
+        table = [["group", "rows", *document["systems"]]]
+        for group, rows in list(groups["rows"].items())[:SHOWN_GROUPS]:
+            cells = (_bench_cell(of[system]["groups"][group]) for system in document["systems"])
+            table.append([group, f"{rows:,}", *cells])
+        left = len(groups["rows"]) - SHOWN_GROUPS
+        more = [f"{left} smaller groups are in evaluation.json"] if left > 0 else []
+        parts += ["", f"{document['primary']} by {groups['by']}", aligned(table), *more, groups["sentence"]]
+    if swaps := document.get("swaps"):
+        where = ", ".join(flip["origin"] for flip in swaps["flips"] if flip["system"] == "tuned")
+        parts += ["", swaps["sentence"], *([f"changed: {where}"] if where else [])]
+        if base := swaps["systems"].get("base"):
+            parts.append(f"base answers a share of {_bench_cell(base['flip_rate'])} otherwise")
+    if stopping := document.get("stopping"):
+        parts += ["", stopping["sentence"]]
+    return parts
 
 
 def bench_text(document: dict[str, Any]) -> str:

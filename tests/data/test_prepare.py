@@ -712,3 +712,25 @@ def test_other_bytes_of_a_benchmark_are_another_preparation(make, tmp_path):
 def test_leaving_out_what_nothing_looks_for_is_refused():
     with pytest.raises(ValueError, match="no effect without `benchmarks`"):
         DataSettings(train="rows.jsonl", leave_out=("contamination",))
+
+
+def test_columns_that_are_asked_for_stay_with_the_rows(make: Make) -> None:
+    rows = [row(f"q{i}") | {"region": ["north", None][i % 2], "id": i, "more": {"a": 1}} for i in range(4)]
+    prepared = make(rows, keep_columns=["region", "completion"], validation=0.5)
+    kept = [example for side in ("train", "validation") for example in prepared.examples(side)]
+    assert sorted(example.origin.line for example in kept) == [1, 2, 3, 4]
+    for example in kept:
+        assert example.columns == {"region": rows[example.origin.line - 1]["region"], "completion": "red"}
+    assert [example.columns for example in make(rows).examples("train")] == [{}] * 4
+
+
+def test_columns_that_no_row_has_are_refused(make: Make) -> None:
+    with pytest.raises(DataError, match="no row has the column 'regoin'") as caught:
+        make([row("a"), row("b")], keep_columns=["regoin"])
+    assert "evaluate.groups" in caught.value.hint
+
+
+def test_a_label_that_is_kept_as_a_column_is_still_the_label(make: Make) -> None:
+    rows = [{"text": text, "label": label} for text, label in (("a", "x"), ("b", "y"))]
+    prepared = make(rows, keep_columns=["label"], objective=Classification(pooling="last"))
+    assert [(e.label, e.columns) for e in prepared.examples("train")] == [("x", {"label": "x"}), ("y", {"label": "y"})]

@@ -136,7 +136,11 @@ def examine(row: Row, *, settings: DataSettings) -> Example | Problem:
         words=reading.words,
         label=reading.label,
         tests=reading.tests,
-        columns={column: content for column, content in row.value.items() if column not in reading.used},
+        columns={
+            column: content
+            for column, content in row.value.items()
+            if column not in reading.used or column in settings.keep_columns
+        },
     )
 
 

@@ -117,17 +117,15 @@ class Prepared:
         return "none", []
 
 
-def _to_json(example: Example) -> str:
+def _to_json(example: Example, *, columns: dict[str, Any]) -> str:
     messages = [[m.role, m.content, m.weight, m.extra] for m in example.messages]
-    value: list[Any] = [list(example.origin), example.form, messages, example.text, list(example.tools)]
-    if example.label is not None or example.tests is not None:
-        value += [example.words, example.label, example.tests]
+    said = [example.origin, example.form, messages, example.text, example.tools]
+    value = [*said, example.words, example.label, columns, example.tests]
     return json.dumps(value, ensure_ascii=True, default=str)
 
 
 def _from_json(value: list[Any]) -> Example:
-    origin, form, messages, text, tools, *more = value
-    words, label, tests = more or ((), None, None)
+    origin, form, messages, text, tools, words, label, columns, tests = value
     return Example(
         Origin(*origin),
         form,
@@ -136,6 +134,7 @@ def _from_json(value: list[Any]) -> Example:
         tuple(tools),
         tuple(words),
         tuple(label) if isinstance(label, list) else label,
+        columns,
         tests=None if tests is None else CodeTests(*tests),
     )
 
@@ -236,12 +235,14 @@ class _Preparation:
     selected: set[Origin] | None = None  # the training rows that `data.select` keeps
     left_out: dict[Origin, Problem] = field(default_factory=dict)  # those that `data.leave_out` does not
     passages: Passages | None = None  # that `data.look_up` puts before the questions
+    missing: set[str] = field(default_factory=set)  # columns to keep that no row had so far
 
     def run(self) -> None:
         found = look(lambda: usable(self.settings), settings=self.settings)
         self.ledger.findings, self.left_out = found.counts, found.left_out
         if self.settings.look_up is not None:
             self.passages = Passages(self.settings.look_up, fits=self._fits)
+        self.missing.update(self.settings.keep_columns)
         if self.settings.select is not None:
             first = _Preparation(
                 self.settings, self.objective, self.template, self.max_tokens, self.folder, lambda rows: None
@@ -255,7 +256,9 @@ class _Preparation:
         texts = {name: (self.folder / f"{name}.jsonl").open("w", encoding="utf-8") for name in sides}
         try:
             for example, where, sequences in self._rows():
-                texts[where].write(_to_json(example) + "\n")
+                columns = self.settings.kept(example.columns)
+                self.missing -= columns.keys()
+                texts[where].write(_to_json(example, columns=columns) + "\n")
                 if where in writers:
                     for unit in self.objective.units(sequences):
                         writers[where].add(unit, origin=example.origin)
@@ -488,6 +491,12 @@ class _Preparation:
                 f"no row is left to train on: {self.ledger.summary()}",
                 file=source,
                 hint="give more rows, or hold out fewer",
+            )
+        if self.missing:
+            raise DataError(
+                f"no row has the column {min(self.missing)!r}",
+                file=self.settings.train_paths[0],
+                hint="mend data.keep_columns, or evaluate.groups",
             )
         given = self.settings.validation
         asked = given is not None and given != DataSettings.model_fields["validation"].default

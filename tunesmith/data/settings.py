@@ -1,8 +1,8 @@
 """The `data` section of a recipe: which files, what their columns mean, how they are split and what may be left out."""
 
 import re
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -151,6 +151,19 @@ class DataSettings(BaseModel):
         default=None, description="Under which licence or terms the rows may be used; likewise."
     )
     notes: str | None = Field(default=None, description="What else a reader of the data card should know; likewise.")
+    keep_columns: list[str] = Field(
+        default=[],
+        description="Columns that stay with the rows and are shown beside their answers in examples.jsonl; what"
+        " `evaluate.groups` names is kept without being named here.",
+    )
+
+    def keeping(self, columns: Iterable[str]) -> "DataSettings":
+        """With more columns that stay with the rows."""
+        return self.model_copy(update={"keep_columns": list(dict.fromkeys((*self.keep_columns, *columns)))})
+
+    def kept(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """Those of a row's columns that stay with it."""
+        return {name: columns[name] for name in self.keep_columns if name in columns}
 
     @property
     def train_paths(self) -> list[str]:

@@ -19,13 +19,24 @@ from tunesmith.evaluate.examples import Headline, examples
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.seeds import seeds_of
 from tunesmith.evaluate.statistics import NO_WIDTH, decimals, p_text
-from tunesmith.evaluate.texts import ALSO_CHOSE, bytes_text, clip, duration_text, number_text, read_optional, time_text
+from tunesmith.evaluate.stopping import hindsight
+from tunesmith.evaluate.texts import (
+    ALSO_CHOSE,
+    bytes_text,
+    clip,
+    duration_text,
+    number_text,
+    read_lines,
+    read_optional,
+    time_text,
+)
 from tunesmith.storage import read_json, write_text
 
 MAX_FOLD = 600  # characters of a text shown before the rest is folded
 MAX_DOCUMENT = 40_000  # characters of the recipe
 MAX_LEDGER_DETAILS = 200
 MAX_FLIPS = 10
+MAX_GROUPS = 20
 
 
 def write_report(run_folder: Path) -> Path:
@@ -57,6 +68,10 @@ def write_report(run_folder: Path) -> Path:
         "judge": evaluation.get("judge") if evaluation else None,
         "general": _general(evaluation["general"]) if evaluation and "general" in evaluation else None,
         "gate": (evaluation or {}).get("gate"),
+        "memorised": (evaluation or {}).get("memorised"),
+        "groups": _groups(evaluation) if evaluation and "groups" in evaluation else None,
+        "swaps": (evaluation or {}).get("swaps"),
+        "stopping": hindsight(read_lines(run_folder / "metrics.jsonl"), best_step=run.get("best_step")),
         "curves": curves(run_folder / "metrics.jsonl", best_step=run.get("best_step")),
         "examples": examples(run_folder / "examples.jsonl", headline=headline),
         "ledger": ledger_view(read_optional(run_folder / "ledger.json")),
@@ -189,6 +204,30 @@ def _general(entry: Mapping[str, Any]) -> dict[str, Any]:
         "tuned": f"{entry['systems']['tuned']['value']:.{places}f}",
         "right_before": entry["right_before"],
         "flips": flips,
+    }
+
+
+def _groups(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The first metric of the largest groups, one row each."""
+    entry, metric = evaluation["groups"], evaluation["primary"]
+    of = entry["metrics"][metric]["systems"]
+    rows = [
+        {
+            "name": group,
+            "count": count,
+            "scores": [f"{of[s]['groups'][group]['value']:.3g}" for s in evaluation["systems"]],
+        }
+        for group, count in list(entry["rows"].items())[:MAX_GROUPS]
+    ]
+    told_apart = any(gap["told_apart"] for gap in (of["tuned"]["gap"],) if gap)
+    return {
+        "by": entry["by"],
+        "metric": metric,
+        "systems": evaluation["systems"],
+        "rows": rows,
+        "left_out": len(entry["rows"]) - len(rows),
+        "sentence": entry["sentence"],
+        "mark": "worse" if told_apart else "undecided",
     }
 
 

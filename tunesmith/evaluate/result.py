@@ -12,6 +12,7 @@ from tunesmith.data.answers import Answer
 from tunesmith.data.types import Example, Message
 from tunesmith.errors import DataError
 from tunesmith.evaluate.correction import corrected, with_holm
+from tunesmith.evaluate.groups import by_group
 from tunesmith.evaluate.metric import Metric
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.own import is_own, own_digest
@@ -108,6 +109,10 @@ def concluded(
     document["few_shot_examples"] = num_shots
     document["rows_sha256"] = hashlib.sha256(keys.encode()).hexdigest()  # what two runs must share to be compared
     document["left_out_rows"] = num_left_out
+    if settings.groups is not None:
+        document["groups"] = by_group(
+            scores, metrics=metrics, examples=examples, settings=settings.groups, seed=settings.seed
+        )
     values = {s: {name: metrics[name].row_values(rows[s]) for name, rows in scores.items()} for s in answers}
     rows = _row_table(examples, references, answers, values, prompts)
     for system, origins_B in (looked_up or {}).items():
@@ -199,5 +204,6 @@ def _row_table(
                 "outputs": {s: a.texts[i] for s, a in answers.items() if a.texts is not None},
                 "scores": {s: {name: float(v[i]) for name, v in by.items()} for s, by in values.items()},
             }
+            | ({"columns": example.columns} if example.columns else {})
         )
     return table

@@ -1,9 +1,9 @@
 """The `evaluate` section of a recipe."""
 
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from tunesmith.evaluate.adherence import compiled
 from tunesmith.evaluate.code import CODE_METRICS
@@ -50,6 +50,32 @@ class JudgeSettings(BaseModel):
         if parts.username is not None or parts.password is not None:
             raise ValueError("the address holds a name or password; name a variable in key_environment")
         return url
+
+
+class GroupSettings(BaseModel):
+    """Groups of held-out rows that are scored one by one, and compared with each other."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    column: str | None = Field(
+        default=None, min_length=1, description="the column that names a row's group, or a list of its groups"
+    )
+    words: str | None = Field(
+        default=None,
+        description="a YAML or JSON file that gives each group a list of words: a row is in the groups of the words in"
+        " its prompt",
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "GroupSettings":
+        if (self.column is None) == (self.words is None):
+            raise ValueError("give either column or words")
+        return self
+
+
+def _column(value: object) -> object:
+    """A name is short for `{column: name}`."""
+    return {"column": value} if isinstance(value, str) else value
 
 
 class EvaluateSettings(BaseModel):
@@ -115,6 +141,19 @@ class EvaluateSettings(BaseModel):
     judge: JudgeSettings | None = Field(
         default=None, description="a model that judges the answers pairwise; the section below"
     )
+    memorised: int | None = Field(
+        default=None,
+        ge=10,
+        description="ask this many training rows too, and as many held-out ones: do training answers come back verbatim,"
+        " and how much better are rows scored that were trained on",
+    )
+    groups: Annotated[GroupSettings | None, BeforeValidator(_column)] = Field(
+        default=None, description="score groups of rows: a column's name, or the section below"
+    )
+    swaps: str | None = Field(
+        default=None,
+        description="a YAML or JSON file of pairs of words such as [he, she]: does a class change when they are swapped",
+    )
     gate: dict[str, str] | None = Field(
         default=None, description="rules that must hold, or `evaluate` ends with status 3 (see docs/evaluation.md)"
     )
@@ -127,6 +166,11 @@ class EvaluateSettings(BaseModel):
     def added(self) -> tuple[str, ...]:
         """The metrics that are measured beside the default ones, since there is a setting for each."""
         return tuple(metric for name, metric in READ_BY.items() if getattr(self, name) is not None)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the rows that the evaluation reads."""
+        return () if self.groups is None or self.groups.column is None else (self.groups.column,)
 
     @field_validator("metrics")
     @classmethod

@@ -60,7 +60,7 @@ class Masker:
 
 
 def masked(example: Example) -> tuple[Example, int]:
-    """The row with placeholders, and how many there are. Labels and tools stay."""
+    """The row with placeholders, and how many there are. Labels, tools and columns stay."""
     masker = Masker()
     found = replace(
         example,
