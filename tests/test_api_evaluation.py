@@ -97,9 +97,11 @@ def test_what_the_best_step_spared_a_run_is_said(tune: Tune) -> None:
 
 
 def test_the_middle_of_texts_is_asked_after_their_beginning(tune: Tune) -> None:
-    texts = [{"text": f"{i} " + "".join(chr(97 + (i * k * k + k) % 26) for k in range(140))} for i in range(24)]
+    texts = [{"text": f"{i} " + "".join(chr(97 + (i * k * k + k) % 26) for k in range(110))} for i in range(24)]
     evaluation = {"memorised": 24, "metrics": ["bits_per_byte"]}
-    run = tune(texts, objective="causal", data=TESTED, method="full", train=BY_HEART, evaluate=evaluation)
+    run = tune(
+        texts, objective="causal", data=TESTED, method="full", train=BY_HEART | {"max_steps": 150}, evaluate=evaluation
+    )
     found = evaluate(run)["memorised"]
     whole, in_a_row = (found["verbatim"][kind]["systems"]["tuned"] for kind in ("whole", "50_tokens"))
     assert whole == in_a_row
@@ -119,11 +121,9 @@ def test_words_are_swapped_under_a_head_and_its_gap_is_measured(tune: Tune, tmp_
     swaps = document["swaps"]
     assert swaps["rows"] == document["rows"]
     assert set(swaps["systems"]) == {"tuned", "base"}
-    predicted = api.load(run).predict(["3 he green", "3 she green"])
     assert swaps["systems"]["tuned"]["flip_rate"]["value"] == pytest.approx(
         sum(flip["system"] == "tuned" for flip in swaps["flips"]) / swaps["rows"]
     )
-    assert len(predicted.texts()) == 2
     assert set(document["groups"]["rows"]) == {"men", "women"}
     gap = document["memorised"]["gap"]
     assert gap.keys() == {"accuracy", "loss"}
@@ -169,3 +169,4 @@ def test_too_few_rows_to_compare_are_refused(tune: Tune) -> None:
     with pytest.raises(DataError, match=r"evaluate\.memorised compares") as error:
         evaluate(run, settings=EvaluateSettings(memorised=10))
     assert error.value.hint
+    assert not (run.path / "evaluation.json").exists()

@@ -12,7 +12,7 @@ from tunesmith.data.types import Example, Message
 from tunesmith.errors import RecipeError
 from tunesmith.evaluate.heads import baseline, evaluate_heads, named_classes, systems_of, that_fit
 from tunesmith.evaluate.judge import prove_judged
-from tunesmith.evaluate.memorised import prove_memorised
+from tunesmith.evaluate.memorised import both_sides, prove_memorised
 from tunesmith.evaluate.result import UNTUNED, Evaluation, drawn
 from tunesmith.evaluate.run import System, choose_shots, evaluate_systems, prompt_messages
 from tunesmith.evaluate.settings import LOOKING_UP, EvaluateSettings
@@ -49,6 +49,7 @@ def prove_text(
         raise RecipeError(
             f"evaluate.against: '{odd[0]}' writes no text to compare with", hint=f"there are {', '.join(WRITING)}"
         )
+    sides = None if settings.memorised is None else both_sides(train(), examples, settings=settings)
     room = tuned.model.room_tokens - settings.max_tokens
     systems = [System("tuned", tuned.model)]
     systems += [base] if "base" in against else []
@@ -85,9 +86,7 @@ def prove_text(
         )
     evaluation = _with_choice(evaluation, choice)
     again = partial(prove_text, tuned, base, train=train, data="train", on_progress=on_progress)
-    return _with_training(
-        evaluation, again, tuned, base, settings=settings, train=train, examples=examples, writes=True
-    )
+    return _with_training(evaluation, again, tuned, base, settings=settings, sides=sides, writes=True)
 
 
 def prove_head(
@@ -106,6 +105,7 @@ def prove_head(
     assert isinstance(objective, Headed)
     against = systems_of(objective, settings=settings, speaks=not tuned.model.is_encoder)
     systems: dict[str, Callable[[list[Example]], Answer]] = {"tuned": tuned.predict_examples}
+    sides = None if settings.memorised is None else both_sides(train(), examples, settings=settings)
     num_shots, fitting, choice = 0, examples, None
     for name in against:
         if name in UNTUNED:
@@ -155,9 +155,7 @@ def prove_head(
         both = {name: predict for name, predict in systems.items() if name in ("tuned", "base")}
         evaluation.document["swaps"] = _with_swaps(both, tuned, base, settings=settings, examples=fitting)
     again = partial(prove_head, tuned, base, train=train, data="train", on_progress=on_progress)
-    return _with_training(
-        evaluation, again, tuned, base, settings=settings, train=train, examples=examples, writes=False
-    )
+    return _with_training(evaluation, again, tuned, base, settings=settings, sides=sides, writes=False)
 
 
 def _with_swaps(
@@ -197,16 +195,14 @@ def _with_training(
     base: System,
     *,
     settings: EvaluateSettings,
-    train: Callable[[], Iterator[Example]],
-    examples: list[Example],
+    sides: dict[str, list[Example]] | None,
     writes: bool,
 ) -> Evaluation:
-    """The evaluation with what training rows say (`again` asks other rows alike), and the course of the training."""
-    if settings.memorised is not None:
+    """The evaluation with what training rows say (`again` asks rows alike), and the course of the training."""
+    if sides is not None:
         evaluation.document["memorised"] = prove_memorised(
             lambda how, rows: again(settings=how.model_copy(update={"judge": None}), examples=rows),
-            train=train(),
-            held_out=examples,
+            asked=sides,
             primary=evaluation.document["primary"],
             systems=[System("tuned", tuned.model), base],
             settings=settings,

@@ -46,35 +46,41 @@ Sides = dict[str, NDArray[np.bool_]]  # which of the rows are on each side
 Pair = tuple[list[int], list[int]]  # what was written, and what should be
 
 
+def both_sides(
+    train: Iterable[Example], held_out: list[Example], *, settings: EvaluateSettings
+) -> dict[str, list[Example]]:
+    """The rows that are asked, `settings.memorised` of each side at most. DataError where there are fewer than ten."""
+    assert settings.memorised is not None
+    asked = {"train": sample(train, count=settings.memorised, seed=settings.seed)}
+    trained = {example.origin for example in asked["train"]}
+    others = (example for example in held_out if example.origin not in trained)
+    asked["held_out"] = sample(others, count=settings.memorised, seed=settings.seed)
+    if min(map(len, asked.values())) < LEAST_ROWS:
+        raise DataError(
+            f"evaluate.memorised compares training with held-out rows, and there are {len(asked['train'])} and "
+            f"{len(asked['held_out'])}",
+            file=held_out[0].origin.file if held_out else None,
+            hint=f"give {LEAST_ROWS} of each at least, or leave it out",
+        )
+    return asked
+
+
 def prove_memorised(
     prove: Callable[[EvaluateSettings, list[Example]], Evaluation],
     *,
-    train: Iterable[Example],
-    held_out: list[Example],
+    asked: dict[str, list[Example]],
     primary: str,
     systems: list[System],
     settings: EvaluateSettings,
     template: ChatTemplate,
     writes: bool,
 ) -> dict[str, Any]:
-    """The document's entry `memorised`: `prove` asks training and held-out rows alike, `settings.memorised` of each at most.
+    """The document's entry `memorised`: `prove` asks the rows of `both_sides` alike.
 
     `primary` is the first metric; `systems` are tuned and base, which both write text where the run `writes`; a head is
-    asked for its scores alone. Raises DataError where there are fewer than ten rows on a side.
+    asked for its scores alone.
     """
-    assert settings.memorised is not None
-    asked = {"train": sample(train, count=settings.memorised, seed=settings.seed)}
-    trained = {example.origin for example in asked["train"]}
-    others = (example for example in held_out if example.origin not in trained)
-    asked["held_out"] = sample(others, count=settings.memorised, seed=settings.seed)
-    rows = [*asked["train"], *asked["held_out"]]
-    if min(map(len, asked.values())) < LEAST_ROWS:
-        raise DataError(
-            f"evaluate.memorised compares training with held-out rows, and there are {len(asked['train'])} and "
-            f"{len(asked['held_out'])}",
-            file=rows[0].origin.file if rows else None,
-            hint=f"give {LEAST_ROWS} of each at least, or leave it out",
-        )
+    rows = [row for side in SIDES for row in asked[side]]
     plain = rows[0].text is not None
     loss = _loss(primary, writes=writes, same_tokens=all(system.template is None for system in systems))
     names = (primary, *(("exact_match",) if writes and not plain else ()), *([loss.metric] if loss else []))
@@ -83,13 +89,14 @@ def prove_memorised(
         settings.model_copy(update=how | {"rows": None, "memorised": None, "groups": None, "swaps": None}), rows
     )
     of_row = {str(example.origin): example for example in rows}
-    train_B = np.array([of_row[row["origin"]].origin in trained for row in found.rows])
+    examples = [of_row[row["origin"]] for row in found.rows]
+    trained = {example.origin for example in asked["train"]}
+    train_B = np.array([example.origin in trained for example in examples])
     sides = {"train": train_B, "held_out": ~train_B}
     document: dict[str, Any] = {"rows": {side: int(of_side.sum()) for side, of_side in sides.items()}}
     document["gap"] = _gaps(found, primary=primary, loss=loss, sides=sides, seed=settings.seed)
     sentences = [_gap_sentence(name, entry) for name, entry in document["gap"].items()]
     if writes:
-        examples = [of_row[row["origin"]] for row in found.rows]
         written = (
             {s.name: _continued(s, examples, template=template, settings=settings) for s in systems}
             if plain
