@@ -85,7 +85,7 @@ def prove_text(
             evaluation, settings=settings.judge, cache=cache, on_progress=on_progress
         )
     evaluation = _with_choice(evaluation, choice)
-    again = partial(prove_text, tuned, base, train=train, data="train", on_progress=on_progress)
+    again = partial(prove_text, tuned, base, train=train, validation=validation, data="train", on_progress=on_progress)
     return _with_training(evaluation, again, tuned, base, settings=settings, sides=sides, writes=True)
 
 
@@ -154,7 +154,7 @@ def prove_head(
         on_progress("tuned and base: rows with words swapped")
         both = {name: predict for name, predict in systems.items() if name in ("tuned", "base")}
         evaluation.document["swaps"] = _with_swaps(both, tuned, base, settings=settings, examples=fitting)
-    again = partial(prove_head, tuned, base, train=train, data="train", on_progress=on_progress)
+    again = partial(prove_head, tuned, base, train=train, validation=validation, data="train", on_progress=on_progress)
     return _with_training(evaluation, again, tuned, base, settings=settings, sides=sides, writes=False)
 
 
