@@ -68,7 +68,8 @@ def test_the_best_of_all_candidates_is_taken(base, template):
     assert {shot.origin.line for shot in found.shots} <= {example.origin.line for example in TRAIN}
     assert chosen(System("base", base), template) == found
     assert chosen(System("base", base), template, seed=1).document["candidates"] != document["candidates"]
-    assert f"the prompt with {len(found.shots)} examples is the best of 16 on 6 validation rows" in document["sentence"]
+    plural = "" if len(found.shots) == 1 else "s"
+    assert f"with {len(found.shots)} example{plural} is the best of 16 on 6 validation rows" in document["sentence"]
 
 
 @pytest.mark.parametrize("num_train", [1, 5, 20, 400])

@@ -95,14 +95,15 @@ def _chosen(
         return Choice((), document | {"sentence": "no example is shown: no row is left to choose the prompt on"})
     cost_C = _costs(system, units)
     best = min(range(len(candidates)), key=lambda place: (cost_C[place], len(candidates[place].shots)))
-    document["examples"] = len(candidates[best].shots)
+    count = len(candidates[best].shots)
+    document["examples"] = count
     document["candidates"] = [
         {"examples": len(c.shots), "draw": c.draw, "nats_a_token": float(cost)}
         for c, cost in zip(candidates, cost_C, strict=True)
     ]
     where = "validation rows" if source == "validation" else "training rows that no prompt shows"
     sentence = (
-        f"the prompt with {len(candidates[best].shots)} examples is the best of {len(candidates)} on {len(units):,} "
+        f"the prompt with {count} example{'' if count == 1 else 's'} is the best of {len(candidates)} on {len(units):,} "
         f"{where}: {cost_C[best]:.3g} nats a token of the references"
     )
     if best:
