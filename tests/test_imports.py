@@ -33,6 +33,8 @@ FLOORS: list[set[str]] = [
     {"tuning"},
     {"api"},
     {"advice", "bench", "chat", "curve", "data_card", "init", "quickstart", "texts"},  # what single commands do
+    {"cli_options"},
+    {"cli_data"},
     {"cli", "serve", "studio", "feedback"},
     {"__main__", "__init__"},  # the package hands out the verbs of api.py on first use
 ]

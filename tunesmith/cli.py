@@ -6,17 +6,18 @@ Exit codes: 0 done; 2 the input is at fault; 3 a gate or check said no; 1 our fa
 
 import contextlib
 import io
-import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from tunesmith.cli_data import data_app
+from tunesmith.cli_options import Json, RecipeArgument, RunArgument, Set, WorkspaceOption, print_result, say, space_of
 from tunesmith.errors import ElsewhereError, Interrupted, TunesmithError
 
 app = typer.Typer(
@@ -27,42 +28,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-data_app = typer.Typer(help="Look at data and prepare it.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
 SPIN_COUNT = "5000"  # OpenMP threads wait for one another this long before they give the core away (docs/log.md)
 USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, or that of the copy of click inside newer typers
-
-Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
-WorkspaceOption = Annotated[
-    Path | None, typer.Option("--workspace", help="the workspace folder; .tunesmith found upward by default")
-]
-RecipeArgument = Annotated[Path, typer.Argument(help="the recipe, a YAML file")]
-RunArgument = Annotated[str, typer.Argument(help="a run: its name, a unique beginning, its recipe's name, or latest")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="change a setting: a.b=value (may be repeated)")]
-
-
-def _workspace(path: Path | None) -> Any:
-    from tunesmith.registry.workspace import find_workspace
-
-    return find_workspace(path)
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")  # at once, so that several processes do not write into each other's lines
-    sys.stderr.flush()
-
-
-def _show(result: Any, *, as_json: bool, text: Callable[[], str]) -> None:
-    if not as_json:
-        print(text())
-        return
-    document = json.dumps(result, ensure_ascii=False, indent=1)
-    try:
-        document.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:  # a terminal without these characters, or a file name that is no UTF-8
-        document = json.dumps(result, indent=1)
-    print(document)
 
 
 @app.command()
@@ -72,8 +41,8 @@ def quickstart(workspace: WorkspaceOption = None, as_json: Json = False) -> None
     from tunesmith.texts import evaluation_text
     from tunesmith.train.observers import terminal_progress
 
-    document = run_quickstart(workspace=_workspace(workspace), progress=terminal_progress, say=_say)
-    _show(document, as_json=as_json, text=lambda: f"{evaluation_text(document)}\n\nreport: {document['report']}")
+    document = run_quickstart(workspace=space_of(workspace), progress=terminal_progress, say=say)
+    print_result(document, as_json=as_json, text=lambda: f"{evaluation_text(document)}\n\nreport: {document['report']}")
 
 
 @app.command()
@@ -87,102 +56,7 @@ def init(
     from tunesmith.init import write_recipe
 
     result = write_recipe(source, out=out, base=base)
-    _show(result, as_json=as_json, text=lambda: f"wrote {out}\n{result['why']}\nnext: tunesmith train {out}")
-
-
-@data_app.command("check")
-def data_check(
-    file: Annotated[str, typer.Argument(help="a file, a folder or a hub data set")],
-    against: Annotated[str | None, typer.Option("--against", help="a second file: which rows are in both?")] = None,
-    base: Annotated[str, typer.Option("--base", help="whose tokenizer and context length count")] = "starter",
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="read the rows as this recipe says")] = None,
-    only: Annotated[
-        str | None, typer.Option("--only", help="checks to run, separated by commas; all by default")
-    ] = None,
-    benchmark: Annotated[
-        list[str] | None, typer.Option("--benchmark", help="an evaluation file: which rows hold its texts?")
-    ] = None,
-    protected: Annotated[
-        str | None, typer.Option("--protected", help="a folder of texts: which rows hold passages of them?")
-    ] = None,
-    embedder: Annotated[
-        str | None, typer.Option("--embedder", help="an encoder: which rows say the same in other words?")
-    ] = None,
-    like: Annotated[
-        str | None, typer.Option("--like", help="a file of real prompts: are the rows' prompts like these?")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """What is in a file, what is wrong with it, and what would be trained."""
-    from tunesmith.checks import check_data, drift_from
-
-    if like is not None:
-        drift = drift_from(file, like=like, recipe=recipe)
-        _show(drift.as_dict(), as_json=as_json, text=drift.as_text)
-        return
-    report = check_data(
-        file,
-        against=against,
-        base=base,
-        recipe=recipe,
-        only=None if only is None else tuple(name.strip() for name in only.split(",")),
-        benchmarks=tuple(benchmark or ()),
-        protected=protected,
-        embedder=embedder,
-    )
-    _show(report.as_dict(), as_json=as_json, text=report.as_text)
-    if report.num_errors:
-        raise typer.Exit(3)
-
-
-@data_app.command("prepare")
-def data_prepare(
-    recipe: RecipeArgument, overrides: Set = None, workspace: WorkspaceOption = None, as_json: Json = False
-) -> None:
-    """Read, split, render and count the rows of a recipe; nothing is trained."""
-    from tunesmith.models.load import load_model
-    from tunesmith.recipe import load_recipe
-    from tunesmith.runs import check_suits, prepare_data
-    from tunesmith.texts import ledger_text
-    from tunesmith.vocabulary import grow_tokenizer
-
-    loaded, space = load_recipe(recipe, overrides=overrides), _workspace(workspace)
-    check_suits(loaded)
-    model = load_model(loaded.base)
-    growth = grow_tokenizer(loaded, model=model, workspace=space, on_message=_say)
-    prepared = prepare_data(loaded, model=model, workspace=space)
-    validation = prepared.validation
-    document = {
-        "folder": str(prepared.folder),
-        "digest": prepared.digest,
-        "ledger": prepared.ledger,
-        "train": {
-            "rows": len(prepared.train),
-            "tokens": prepared.train.num_tokens,
-            "targets": prepared.train.num_targets,
-        },
-        "validation": {"rows": len(validation) if validation else 0},
-    }
-    if growth is not None:
-        document["vocabulary"] = growth.document
-    _show(document, as_json=as_json, text=lambda: ledger_text(document))
-
-
-@data_app.command("card")
-def data_card(
-    recipe: RecipeArgument,
-    overrides: Set = None,
-    out: Annotated[Path, typer.Option("--out", help="the page; the same as JSON is written beside it")] = Path(
-        "data-card.html"
-    ),
-    workspace: WorkspaceOption = None,
-    as_json: Json = False,
-) -> None:
-    """Describe the rows of a recipe on one page: origin, counts, lengths, classes, findings, a sample."""
-    from tunesmith.data_card import write_card
-
-    document = write_card(recipe, out=out, workspace=_workspace(workspace), overrides=overrides, on_message=_say)
-    _show(document, as_json=as_json, text=lambda: f"{document['sentence']}\ncard: {out}")
+    print_result(result, as_json=as_json, text=lambda: f"wrote {out}\n{result['why']}\nnext: tunesmith train {out}")
 
 
 @app.command()
@@ -203,13 +77,13 @@ def plan(
 
     found = run_plan(
         recipe,
-        workspace=_workspace(workspace),
+        workspace=space_of(workspace),
         overrides=overrides,
         measure=measure,
         price_per_hour=price_per_hour,
-        on_message=_say,
+        on_message=say,
     )
-    _show(found.as_dict(), as_json=as_json, text=found.as_text)
+    print_result(found.as_dict(), as_json=as_json, text=found.as_text)
 
 
 @app.command()
@@ -226,9 +100,9 @@ def train(
     from tunesmith.train.observers import terminal_progress
 
     with terminal_progress() as progress:  # shows nothing before it is told something, as only the first process is
-        run = tune(recipe, workspace=_workspace(workspace), overrides=overrides, resume=resume, observer=progress)
+        run = tune(recipe, workspace=space_of(workspace), overrides=overrides, resume=resume, observer=progress)
     if _process_number() == 0:
-        _show(run.summary, as_json=as_json, text=lambda: train_text(run.summary))
+        print_result(run.summary, as_json=as_json, text=lambda: train_text(run.summary))
 
 
 @app.command()
@@ -252,12 +126,12 @@ def evaluate(
     from tunesmith.runs import find_run
     from tunesmith.texts import evaluation_text
 
-    space = _workspace(workspace)
+    space = space_of(workspace)
     found = find_run(run, workspace=space, finished=True)
     settings = evaluation_settings(found, against=against, rows=rows)
-    evaluation = run_evaluate(found, data=data, settings=settings, workspace=space, on_progress=_say)
+    evaluation = run_evaluate(found, data=data, settings=settings, workspace=space, on_progress=say)
     report = found.path / "report.html"
-    _show(
+    print_result(
         evaluation.as_dict(),
         as_json=as_json,
         text=lambda: f"{evaluation_text(evaluation.document)}\n\nreport: {report}",
@@ -285,13 +159,13 @@ def curve(
 
     document = learning_curve(
         load_recipe(recipe, overrides=overrides),
-        workspace=_workspace(workspace),
+        workspace=space_of(workspace),
         parts=parts,
         seeds=seeds,
         progress=terminal_progress,
-        say=_say,
+        say=say,
     )
-    _show(document, as_json=as_json, text=lambda: curve_text(document))
+    print_result(document, as_json=as_json, text=lambda: curve_text(document))
 
 
 @app.command()
@@ -319,10 +193,10 @@ def bench(
         tasks=tasks,
         include=include,
         rows=rows,
-        workspace=_workspace(workspace),
-        on_progress=_say,
+        workspace=space_of(workspace),
+        on_progress=say,
     )
-    _show(document, as_json=as_json, text=lambda: bench_text(document))
+    print_result(document, as_json=as_json, text=lambda: bench_text(document))
 
 
 @app.command()
@@ -337,9 +211,9 @@ def advise(
     from tunesmith.advice import find_named
     from tunesmith.texts import advice_text
 
-    space = _workspace(workspace)
-    document = run_advise(find_named(run, workspace=space), workspace=space, rows=rows, on_progress=_say)
-    _show(document, as_json=as_json, text=lambda: advice_text(document))
+    space = space_of(workspace)
+    document = run_advise(find_named(run, workspace=space), workspace=space, rows=rows, on_progress=say)
+    print_result(document, as_json=as_json, text=lambda: advice_text(document))
 
 
 @app.command()
@@ -348,7 +222,7 @@ def runs(workspace: WorkspaceOption = None, as_json: Json = False) -> None:
     from tunesmith.registry.compare import runs_table, runs_text
 
     found = runs_table(_index(workspace))
-    _show([r.as_dict() for r in found], as_json=as_json, text=lambda: runs_text(found))
+    print_result([r.as_dict() for r in found], as_json=as_json, text=lambda: runs_text(found))
 
 
 @app.command()
@@ -356,8 +230,8 @@ def show(run: RunArgument, workspace: WorkspaceOption = None, as_json: Json = Fa
     """One run: its numbers, its data and base down to their bytes, its verdict."""
     from tunesmith.registry.compare import show_run
 
-    details = show_run(_workspace(workspace).find_run(run), _index(workspace))
-    _show(details.as_dict(), as_json=as_json, text=details.as_text)
+    details = show_run(space_of(workspace).find_run(run), _index(workspace))
+    print_result(details.as_dict(), as_json=as_json, text=details.as_text)
 
 
 @app.command()
@@ -370,9 +244,9 @@ def compare(
     """What differs between two runs' recipes and results."""
     from tunesmith.registry.compare import compare_runs
 
-    space = _workspace(workspace)
+    space = space_of(workspace)
     comparison = compare_runs(space.find_run(run), space.find_run(other))
-    _show(comparison.as_dict(), as_json=as_json, text=comparison.as_text)
+    print_result(comparison.as_dict(), as_json=as_json, text=comparison.as_text)
 
 
 @app.command()
@@ -403,11 +277,11 @@ def combine(
         seed=seed,
         name=name,
         rows=rows,
-        workspace=_workspace(workspace),
-        on_progress=_say,
+        workspace=space_of(workspace),
+        on_progress=say,
     )
     document = read_combination(run)
-    _show(document, as_json=as_json, text=lambda: combination_text(document))
+    print_result(document, as_json=as_json, text=lambda: combination_text(document))
 
 
 @app.command()
@@ -415,8 +289,8 @@ def report(run: RunArgument, workspace: WorkspaceOption = None, as_json: Json = 
     """Write a run's report.html again."""
     from tunesmith.evaluate.report import write_report
 
-    path = write_report(_workspace(workspace).find_run(run))
-    _show({"report": str(path)}, as_json=as_json, text=lambda: str(path))
+    path = write_report(space_of(workspace).find_run(run))
+    print_result({"report": str(path)}, as_json=as_json, text=lambda: str(path))
 
 
 @app.command()
@@ -438,8 +312,8 @@ def generate(
 
     text = prompt if prompt is not None else sys.stdin.read().rstrip("\n")
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    result = answer(run, prompt=text, system=system, sampling=sampling, base=use_base, workspace=_workspace(workspace))
-    _show(result, as_json=as_json, text=lambda: prediction_text(result))
+    result = answer(run, prompt=text, system=system, sampling=sampling, base=use_base, workspace=space_of(workspace))
+    print_result(result, as_json=as_json, text=lambda: prediction_text(result))
 
 
 @app.command()
@@ -455,7 +329,7 @@ def chat(
     from tunesmith.chat import converse
 
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-    converse(run, system=system, sampling=sampling, workspace=_workspace(workspace))
+    converse(run, system=system, sampling=sampling, workspace=space_of(workspace))
 
 
 @app.command()
@@ -469,15 +343,17 @@ def export(
     """Write the tuned model for use elsewhere, and check that it is the same model."""
     from tunesmith.api import export as run_export
 
-    path = run_export(run, form=form, out=out, workspace=_workspace(workspace), on_message=_say)
-    _show({"path": str(path), "format": form}, as_json=as_json, text=lambda: f"{path} ({form}; logits equal the run's)")
+    path = run_export(run, form=form, out=out, workspace=space_of(workspace), on_message=say)
+    print_result(
+        {"path": str(path), "format": form}, as_json=as_json, text=lambda: f"{path} ({form}; logits equal the run's)"
+    )
 
 
 def _index(workspace: Path | None) -> Any:
     from tunesmith.registry.index import Index
     from tunesmith.registry.store import Store
 
-    space = _workspace(workspace)
+    space = space_of(workspace)
     return Index(space.index, store=Store(space.store))
 
 
@@ -489,7 +365,7 @@ def _process_number() -> int:
 def _fail(message: str, hint: str, status: int) -> NoReturn:
     which = f" in process {number}" if (number := _process_number()) else ""
     hint = " ".join(hint.split()) or "tunesmith --help lists the commands"
-    _say(f"error{which}: {' '.join(message.split())}\nhint: {hint}")
+    say(f"error{which}: {' '.join(message.split())}\nhint: {hint}")
     sys.exit(status)
 
 
@@ -539,8 +415,8 @@ def main() -> None:
             status = _run()
         sys.stdout.flush()  # here, where a reader that is gone is no error
     except Interrupted as error:
-        _say(f"\n{error.message}")
-        _say(f"hint: {error.hint}")
+        say(f"\n{error.message}")
+        say(f"hint: {error.hint}")
         status = 128 + error.signal_number
     except ElsewhereError:  # the process that it happened in says it
         status = 2
@@ -548,12 +424,12 @@ def main() -> None:
         _fail(str(error), error.hint, 2)
     except USAGE_ERROR as error:
         if type(error).__name__ == "NoArgsIsHelpError":
-            _say(error.format_message())
+            say(error.format_message())
             sys.exit(2)
         where = f"{error.ctx.command_path} --help" if error.ctx else "tunesmith --help"
         _fail(error.format_message(), f"{where} shows how it is called", 2)
     except (KeyboardInterrupt, typer.Abort) as stop:
-        _say("\nstopped")
+        say("\nstopped")
         status = 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except BrokenPipeError:
         with contextlib.suppress(OSError):  # what is still to be written at exit has no reader either
