@@ -1,5 +1,9 @@
 """Real tasks that several measurements share: recipes without their base, and the files they need below one folder."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +46,13 @@ def task(name: str, *, folder: Path) -> dict[str, Any]:
     found = TASKS[name]
     data = {k: str(folder / v) if k in FILES and isinstance(v, str) else v for k, v in found["data"].items()}
     return {"data": data, "evaluate": dict(found["evaluate"])}
+
+
+def in_its_own_process(script: str, *options: str, role: Any) -> dict[str, Any]:
+    """What a measurement prints as its last line when it is called for one `role`, with one thread."""
+    line = [sys.executable, script, *options, "--role", json.dumps(role)]
+    done = subprocess.run(
+        line, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found

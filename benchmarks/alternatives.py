@@ -10,8 +10,6 @@ One thread, a process a task.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from _machine import code, command, machine
-from _tasks import TASKS, task
+from _tasks import TASKS, in_its_own_process, task
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,7 +94,11 @@ def main() -> int:
     parser.add_argument("--role", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.role:
-        print(json.dumps(one_task(arguments.role, folder=arguments.data, steps=arguments.steps, rows=arguments.rows)))
+        print(
+            json.dumps(
+                one_task(json.loads(arguments.role), folder=arguments.data, steps=arguments.steps, rows=arguments.rows)
+            )
+        )
         return 0
     before = json.loads(arguments.out.read_text("utf-8")) if arguments.out.is_file() else {}
     if arguments.table:
@@ -108,10 +110,7 @@ def main() -> int:
     for name in arguments.tasks.split(","):
         if name in report["tasks"]:
             continue
-        line = [sys.executable, __file__, *options, "--role", name]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, env=environment, check=True)
-        report["tasks"][name] = json.loads(done.stdout.splitlines()[-1])
+        report["tasks"][name] = in_its_own_process(__file__, *options, role=name)
         print(f"{name}: {report['tasks'][name]}", file=sys.stderr)
         arguments.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     print(table(report))

@@ -12,9 +12,7 @@ held-out texts are not part of. Seconds are processor time of the tuning.
 import argparse
 import json
 import lzma
-import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from _machine import code, command, machine
-from _tasks import TASKS, task
+from _tasks import TASKS, in_its_own_process, task
 
 ROOT = Path(__file__).resolve().parent.parent
 REPLAYED_BYTES, GENERAL_BYTES = 4_000_000, 400_000
@@ -153,10 +151,7 @@ def main() -> int:
             runs = report["runs"].setdefault(name, {})
             if remedy in runs:
                 continue
-            line = [sys.executable, __file__, *options, "--role", json.dumps([name, remedy])]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            done = subprocess.run(line, stdout=subprocess.PIPE, text=True, env=environment, check=True)
-            runs[remedy] = json.loads(done.stdout.splitlines()[-1])
+            runs[remedy] = in_its_own_process(__file__, *options, role=[name, remedy])
             print(f"{name}, {remedy}: {runs[remedy]}", file=sys.stderr)
             arguments.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     print(table(report))
