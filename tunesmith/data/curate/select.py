@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tunesmith.data.curate.duplicates import normalise, said
+from tunesmith.data.curate.quality import REFUSAL
 from tunesmith.data.curate.words import check_installed, tfidf, word_counts, words_of
 from tunesmith.data.settings import SelectSettings
 from tunesmith.data.types import Example, Label, Origin
@@ -48,13 +49,6 @@ REFUSAL_QUALITY, COPY_QUALITY, CUT_QUALITY, SCRIPT_QUALITY = 0.1, 0.3, 0.5, 0.5
 USUAL_DEVIATIONS = 2.0  # of the logarithm of the length from the file's median: no farther is usual
 GRAM, MIN_GRAMS = 3, 10
 CUT_WORDS = 20
-REFUSAL = re.compile(
-    r"\W*(?:(?:i['’]?m|i am|we are|we['’]?re)?\s*(?:very |so |truly )?(?:sorry|afraid)\b"
-    r".{0,40}?\b(?:can(?:no|['’])t|unable|not able)"
-    r"|i (?:can(?:no|['’])t|am unable to|am not able to|won['’]t) (?:help|assist|do|provide|answer|comply|fulfil)"
-    r"|as an? (?:ai|artificial|large language)\b)",
-    re.IGNORECASE,
-)
 SENTENCE = re.compile(r"[.!?…]['\"”’)\]]*\s")
 SENTENCE_END = re.compile(r"[.!?…:。！？]['\"”’)\]}*_`]*\s*$")
 
