@@ -70,9 +70,9 @@ def table(report: dict[str, Any]) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | --- |",
     ]
     for name, found in report["tasks"].items():
+        places = 1 if max(score["high"] for score in found["systems"].values()) > 1 else 3  # of 100, or a share
         for way, worse in found["shown_worse"].items():
             score, costs = found["systems"][way], found["costs"][way]
-            places = 1 if max(score["value"], score["high"]) > 1 else 3
             value, low, high = (f"{score[key]:.{places}f}" for key in ("value", "low", "high"))
             shown = f"**{way}** (advised)" if way == found["advised"] else way
             lines.append(
