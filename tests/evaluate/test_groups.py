@@ -10,6 +10,7 @@ import pytest
 from tunesmith.data.types import Example, Message, Origin
 from tunesmith.errors import DataError
 from tunesmith.evaluate.groups import by_group
+from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.settings import GroupSettings
 from tunesmith.evaluate.statistics import interval
 
@@ -22,7 +23,7 @@ def rows(groups: list[Any]) -> list[Example]:
 def grouped(groups: list[Any], **scores: Any) -> dict[str, Any]:
     found = {name.replace("_of_", " "): np.array(of, dtype=np.float64) for name, of in scores.items()}
     by_metric = {"exact_match": found}
-    return by_group(by_metric, examples=rows(groups), settings=GroupSettings(column="region"), seed=0)
+    return by_group(by_metric, metrics=METRICS, examples=rows(groups), settings=GroupSettings(column="region"), seed=0)
 
 
 def test_groups_are_scored_alone_and_the_widest_gap_is_compared() -> None:
@@ -84,7 +85,7 @@ def test_words_of_the_question_say_the_groups(tmp_path: Path) -> None:
     ]
     settings = GroupSettings(words=str(tmp_path / "words.json"))
     scores = {"perplexity": {"tuned": np.array([[2.0, 1.0], [4.0, 2.0], [6.0, 2.0], [1.0, 1.0]])}}
-    found = by_group(scores, examples=examples, settings=settings, seed=0)
+    found = by_group(scores, metrics=METRICS, examples=examples, settings=settings, seed=0)
     assert found["rows"] == {"men": 2, "women": 2}
     assert found["without_group"] == 1
     groups = found["metrics"]["perplexity"]["systems"]["tuned"]["groups"]
