@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from tunesmith.data.curate import language
 from tunesmith.data.curate.language import Language
 from tunesmith.data.types import Example, Message, Origin
 from tunesmith.errors import MissingExtraError
@@ -64,6 +65,7 @@ def test_an_empty_file_has_no_language():
 
 def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    language._identifier.cache_clear()
     with pytest.raises(MissingExtraError, match="py3langid") as error:
         Language()
     assert "tunesmith[curate]" in error.value.hint

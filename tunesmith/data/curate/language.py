@@ -7,10 +7,12 @@ English text in 1,400 for another. A language that more than 5 % of the rows hav
 answer (a translation), is the file's own. Memory is 11 bytes a row.
 """
 
+import functools
 import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -52,23 +54,30 @@ ASKS_FOR_LANGUAGE = re.compile(
 )
 
 
+@functools.cache
+def _identifier() -> Any:
+    """The classifier of languages, which takes most of a second to load: once a process."""
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError as error:
+        raise MissingExtraError(
+            f"the check of languages needs py3langid, which cannot be imported: {error}",
+            hint="pip install 'tunesmith[curate]'",
+        ) from error
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    identifier.set_languages(CODES)
+    # The weights of the chosen languages, in the layout and precision that they are read in for every text.
+    identifier.nb_ptc = np.ascontiguousarray(identifier.nb_ptc, np.float32)
+    return identifier
+
+
 class Language:
     """Rows and answers in a language that the file hardly has. Raises MissingExtraError without py3langid."""
 
     name = "language"
 
     def __init__(self) -> None:
-        try:
-            from py3langid.langid import MODEL_FILE, LanguageIdentifier
-        except ImportError as error:
-            raise MissingExtraError(
-                f"the check of languages needs py3langid, which cannot be imported: {error}",
-                hint="pip install 'tunesmith[curate]'",
-            ) from error
-        self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-        self._identifier.set_languages(CODES)
-        # The weights of the chosen languages, in the layout and precision that they are read in for every text.
-        self._identifier.nb_ptc = np.ascontiguousarray(self._identifier.nb_ptc, np.float32)
+        self._identifier = _identifier()
         self._places = Places()
         self._asked, self._answered = array("B"), array("B")  # numbers in CODES
         self._may_differ = array("B")  # whether the prompt asks for another language
