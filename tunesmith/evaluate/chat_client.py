@@ -65,13 +65,24 @@ class ChatClient:
 
     def answers(self, questions: Sequence[Messages]) -> list[str]:
         """The answer to each question. ModelError where an answer cannot be had; what was answered until then is kept."""
-        with ThreadPoolExecutor(AT_A_TIME) as pool:
-            asked = [pool.submit(self.answer, messages) for messages in questions]
+        failed: list[BaseException] = []  # once there is one, nothing more is asked
+
+        def asked(messages: Messages) -> str:
             try:
-                return [future.result() for future in asked]
-            except BaseException:
+                return "" if failed else self.answer(messages)
+            except BaseException as error:
+                failed.append(error)
+                raise
+
+        with ThreadPoolExecutor(AT_A_TIME) as pool:
+            futures = [pool.submit(asked, messages) for messages in questions]
+            try:
+                found = [future.result() for future in futures]
+            except BaseException as error:
+                failed.append(error)
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        return found
 
     def answer(self, messages: Messages) -> str:
         """As `answers`, of one question."""
