@@ -88,10 +88,7 @@ def _sequences(
 def divergence(tuned: System, base: System, sequences: list[Sequence]) -> float:
     """KL(base || tuned) in nats, the mean over all targets: how far tuning moved what comes next."""
     total, count = 0.0, 0
-    was_training = tuned.model.causal.training
-    for system in (tuned, base):
-        system.model.causal.eval()
-    with torch.no_grad():
+    with tuned.model.evaluating(), base.model.evaluating(), torch.no_grad():
         for pack in build_packs(sequences, max_tokens=PACK_TOKENS):
             with base.switched():
                 before_ND = base.model.hidden_at(pack)
@@ -106,7 +103,6 @@ def divergence(tuned: System, base: System, sequences: list[Sequence]) -> float:
                 reverse=False,
             )
             total, count = total + float(moved_N.double().sum()), count + len(moved_N)
-    tuned.model.causal.train(was_training)
     return total / count
 
 
@@ -123,14 +119,12 @@ class Watched:
     def __call__(self, stop: Callable[[], bool]) -> float | None:
         """Bits a byte; None where `stop` said so."""
         nats = 0.0
-        was_training = self.model.causal.training
-        self.model.causal.eval()
-        for start in range(0, len(self._rows), WATCHED_ROWS):
-            if stop():
-                return None
-            some = [replace(s, row=0) for sequences in self._rows[start : start + WATCHED_ROWS] for s in sequences]
-            nats -= float(self.model.row_logprobs(some, num_rows=1, max_tokens=PACK_TOKENS)[0])
-        self.model.causal.train(was_training)
+        with self.model.evaluating():
+            for start in range(0, len(self._rows), WATCHED_ROWS):
+                if stop():
+                    return None
+                some = [replace(s, row=0) for sequences in self._rows[start : start + WATCHED_ROWS] for s in sequences]
+                nats -= float(self.model.row_logprobs(some, num_rows=1, max_tokens=PACK_TOKENS)[0])
         return nats / self._bytes / float(np.log(2))
 
 

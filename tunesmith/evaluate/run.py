@@ -334,10 +334,8 @@ def _likelihood(model: Model, rows: list[list[Sequence]]) -> tuple[np.ndarray, n
     sequences = [replace(sequence, row=row) for row, found in enumerate(rows) for sequence in found]
     tokens_B = np.zeros(len(rows))
     np.add.at(tokens_B, [s.row for s in sequences], [s.num_targets for s in sequences])
-    was_training = model.causal.training
-    model.causal.eval()
-    nll_B = -model.row_logprobs(sequences, num_rows=len(rows), max_tokens=PACK_TOKENS)
-    model.causal.train(was_training)
+    with model.evaluating():
+        nll_B = -model.row_logprobs(sequences, num_rows=len(rows), max_tokens=PACK_TOKENS)
     if not np.isfinite(nll_B).all():
         raise ModelError("the model gives probabilities that are not finite", hint="evaluate another checkpoint")
     return nll_B, tokens_B

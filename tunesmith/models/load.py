@@ -205,6 +205,16 @@ class Model:
             softcap=self.softcap,
         )
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside the block dropout is off."""
+        was_training = self.causal.training
+        self.causal.eval()
+        try:
+            yield
+        finally:
+            self.causal.train(was_training)
+
     def row_logprobs(
         self, sequences: list[Sequence], *, num_rows: int, max_tokens: int, min_shared: int = MIN_SHARED_TOKENS
     ) -> np.ndarray:

@@ -172,10 +172,8 @@ def continuation_logprobs(
     sequences = [
         _sequence(context, continuation, row=row, model=model) for row, (context, continuation) in enumerate(pairs)
     ]
-    was_training = model.causal.training
-    model.causal.eval()
-    logprob_B, greedy_B = model.row_scores(sequences, num_rows=len(pairs), max_tokens=PACK_TOKENS)
-    model.causal.train(was_training)
+    with model.evaluating():
+        logprob_B, greedy_B = model.row_scores(sequences, num_rows=len(pairs), max_tokens=PACK_TOKENS)
     return logprob_B, greedy_B, np.array([sequence.num_targets for sequence in sequences], dtype=np.int64)
 
 

@@ -110,12 +110,10 @@ def evaluate_loss(
     """Mean loss over a store, of which each process takes its share; None when interrupted. Dropout is off."""
     totals = Totals()
     features = store if isinstance(store, FrozenFeatures) else None
-    was_training = model.causal.training
-    model.causal.eval()
     own = processes.share(range(len(store)))
     packs = batches(store, model=model, settings=settings, whole=objective.whole_units, units=own or [0])
     pack = next(packs)
-    with torch.no_grad():
+    with model.evaluating(), torch.no_grad():
         left = bool(own)
         while processes.most([int(left)])[0]:
             if interrupted():
@@ -129,5 +127,4 @@ def evaluate_loss(
                     totals.add(name, sum=value, count=count)
                 following = next(packs, None)
                 pack, left = following or pack, following is not None
-    model.causal.train(was_training)
     return Totals.of(processes.gathered(totals))

@@ -30,15 +30,12 @@ def read_sequences(
     numbered = [[replace(s, row=row) for s in unit] for row, unit in enumerate(units)]
     found: list[np.ndarray] = [np.zeros((0, 0))] * len(units)
     read = reader(model, reads="hidden" if states else "outputs" if objective.num_outputs else "logprobs")
-    was_training = model.causal.training
-    model.causal.eval()
-    with torch.no_grad(), autocast(model, settings):
+    with model.evaluating(), torch.no_grad(), autocast(model, settings):
         for pack in packed(numbered, model=model, settings=settings, whole=objective.whole_units):
             output_MK, row_M = objective.by_row(Readout.of(read(pack), pack), pack)
             outputs = output_MK.double().cpu().numpy()
             for row in set(pack.rows_S.tolist()):
                 found[row] = outputs[row_M == row]
-    model.causal.train(was_training)
     return np.concatenate(found), np.array([len(part) for part in found])
 
 

@@ -5,13 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tunesmith.data.curate.base import quoted
 from tunesmith.data.curate.ngrams import (
     Batches,
     Index,
     grams_of,
     hashed,
     parts_of,
-    quoted,
+    passage,
     runs_of,
     texts_in,
     words_of,
@@ -39,13 +40,13 @@ def test_words(text, expected):
 def test_every_word_has_a_place_in_the_text(text):
     words = words_of(text)
     if words:
-        assert len(quoted(text, first=0, last=len(words) - 1)) >= 2
-        quoted(text, first=len(words) - 1, last=len(words) - 1)
+        assert len(quoted(passage(text, first=0, last=len(words) - 1))) >= 2
+        passage(text, first=len(words) - 1, last=len(words) - 1)
 
 
 def test_a_quote_is_short_and_of_the_text_itself():
-    assert quoted("Say: “Hello,  World” now.", first=1, last=2) == "'Hello, World'"
-    assert len(eval(quoted("word " * 50, first=0, last=49))) == 60
+    assert quoted(passage("Say: “Hello,  World” now.", first=1, last=2)) == "'Hello, World'"
+    assert len(eval(quoted(passage("word " * 50, first=0, last=49)))) == 60
 
 
 @given(WORDS, st.integers(1, 5))

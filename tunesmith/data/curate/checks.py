@@ -17,18 +17,15 @@ from tunesmith.data.curate.special import SpecialTokens
 from tunesmith.data.settings import DataSettings
 from tunesmith.errors import MissingExtraError, RecipeError
 
-KINDS: dict[str, tuple[str, ...]] = {
-    "special_tokens": ("special_token",),
-    "personal": ("personal_data", "secret"),
-    "labels": ("label_error", "imbalance"),
-    "duplicates": ("exact_duplicate", "near_duplicate", "contradiction", "leak"),
-    "quality": ("quality",),
-    "language": ("language",),
-    "label_errors": ("label_error",),
-    "contamination": ("contamination",),
-    "protected": ("protected_text",),
-    "semantic": ("near_duplicate",),
-}
+PLAIN: dict[str, type[Check]] = {
+    "special_tokens": SpecialTokens,
+    "personal": Personal,
+    "labels": Labels,
+    "quality": Quality,
+    "language": Language,
+    "label_errors": LabelErrors,
+}  # those that are made from nothing
+NAMES = (*PLAIN, "duplicates", "contamination", "protected", "semantic")
 EXTRAS = {"language": "py3langid", "label_errors": "sklearn"}  # the module that each needs
 LEFT_OUT_BY = {  # for each kind that data.leave_out may name, the check that finds it
     "near_duplicate": "duplicates",
@@ -57,11 +54,11 @@ def choose(
     `settings` name the benchmarks and the protected texts; `embed` is what looks for rows that say the same. Raises
     RecipeError where `only` names no check or one that needs what is not given, MissingExtraError for a missing extra.
     """
-    if unknown := [name for name in only or () if name not in KINDS]:
-        raise RecipeError(f"there is no check '{unknown[0]}'", hint=f"there are {', '.join(KINDS)}")
+    if unknown := [name for name in only or () if name not in NAMES]:
+        raise RecipeError(f"there is no check '{unknown[0]}'", hint=f"there are {', '.join(NAMES)}")
     checks: dict[str, Check] = {}
     not_run: dict[str, str] = {}
-    for name in KINDS if only is None else dict.fromkeys(only):
+    for name in NAMES if only is None else dict.fromkeys(only):
         why = _missing(name, settings=settings, embed=embed)
         if why is None:
             checks[name] = _check(name, settings=settings, again=again, embed=embed)
@@ -93,12 +90,4 @@ def _check(name: str, *, settings: DataSettings, again: Again, embed: Embed | No
     if name == "semantic":
         assert embed is not None
         return SemanticRepeats(embed)
-    plain: dict[str, type[Check]] = {
-        "special_tokens": SpecialTokens,
-        "personal": Personal,
-        "labels": Labels,
-        "quality": Quality,
-        "language": Language,
-        "label_errors": LabelErrors,
-    }
-    return plain[name]()
+    return PLAIN[name]()

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tunesmith.data.curate.ngrams import Batch, Batches, Index, hashed, parts_of, quoted, runs_of, texts_in, words_of
+from tunesmith.data.curate.base import quoted
+from tunesmith.data.curate.ngrams import Batch, Batches, Index, hashed, parts_of, passage, runs_of, texts_in, words_of
 from tunesmith.data.formats import examine
 from tunesmith.data.ledger import Problem
 from tunesmith.data.settings import DataSettings
@@ -100,7 +101,7 @@ class Contamination:
             best[row] = max(best.get(row, match), match, key=lambda match: match.size)
             rows.setdefault(row, set()).add(match.origin)
         for row, match in best.items():
-            quote = quoted(batch.parts[match.part].text, first=match.first, last=match.last)
+            quote = quoted(passage(batch.parts[match.part].text, first=match.first, last=match.last))
             others = f"; and texts of {len(rows[row]) - 1} more of its rows" if len(rows[row]) > 1 else ""
             message = (
                 f"holds {match.share:.0%} of a text of {match.origin} (words {match.first + 1} to {match.last + 1} of"

@@ -24,7 +24,6 @@ WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 TABLE_CELLS_A_GRAM = 8  # one in eight grams that are not there, or fewer, is looked for in vain
 MAX_TABLE_BITS = 28
-QUOTE_CHARACTERS = 60
 BATCH_PARTS, BATCH_CHARACTERS = 512, 500_000
 
 
@@ -83,13 +82,12 @@ def texts_in(value: Any) -> Iterator[str]:
             yield from texts_in(item)
 
 
-def quoted(text: str, *, first: int, last: int) -> str:
-    """What stands from word `first` to word `last` (from 0), in quotes and at most 60 characters."""
+def passage(text: str, *, first: int, last: int) -> str:
+    """What stands from word `first` to word `last` (from 0)."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     places = [match.span() for match in WORD.finditer(text)]
-    passage = " ".join(text[places[first][0] : places[last][1]].split())
-    return repr(passage if len(passage) <= QUOTE_CHARACTERS else passage[: QUOTE_CHARACTERS - 3] + "...")
+    return text[places[first][0] : places[last][1]]
 
 
 class Index:

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tunesmith.data.curate.ngrams import Batch, Batches, Index, hashed, quoted, runs_of, texts_in, words_of
+from tunesmith.data.curate.base import quoted
+from tunesmith.data.curate.ngrams import Batch, Batches, Index, hashed, passage, runs_of, texts_in, words_of
 from tunesmith.data.ledger import Problem
 from tunesmith.data.sources import JSON_SUFFIXES, PARQUET_SUFFIXES, TABLE_SUFFIXES, read_rows
 from tunesmith.data.types import Example, Origin
@@ -161,7 +162,7 @@ class Protected:
             name, content = batch.parts[part]
             message = (
                 f"{last - first + 1} words in a row stand in {other}: words {first + 1} to {last + 1} of {name},"
-                f" {quoted(content, first=first, last=last)}"
+                f" {quoted(passage(content, first=first, last=last))}"
             )
             hint = "leave the row out, or have the right to train on that text"
             origin = batch.origins[part]
