@@ -23,6 +23,7 @@ from tunesmith.runs import check_unchanged
 
 NASTY = '<script>alert("owned")</script><img src=x onerror=alert(1)> {{ 7*7 }} {% raw %} & \' </svg></style>'
 QUEUES = ("billing", "delivery", "account")
+DIGEST = re.compile("[0-9a-f]{64}")  # which may hold any three digits by chance
 PRIVATE = {
     "an e-mail address": "jane.doe@example.com",
     "a phone number": "+1-415-555-0199",
@@ -234,7 +235,7 @@ def test_personal_data_is_counted_and_never_shown(make: Make, personal: str) -> 
         {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}]} for i in range(4)
     ]
     document, page = make(rows, personal=personal, validation=None)
-    shown = page + json.dumps(document, ensure_ascii=False)
+    shown = DIGEST.sub("", page + json.dumps(document, ensure_ascii=False))
     for value in (*PRIVATE.values(), "carol", "dave@", "erin", "frank@", "415-555", "4111"):
         assert value not in shown
     assert document["personal"]["rows"] == 6
@@ -253,7 +254,7 @@ def test_labels_and_words_hide_personal_data_too(make: Make) -> None:
     words = [{"words": ["call", "+1", "415", "555", "0199"], "tags": ["O", "B", "B", "B", "B"]}] * 3
     document, page = make(words, recipe={"objective": "token_classification"}, validation=None, out="b.html")
     assert document["sample"][0]["turns"] == [{"role": "text", "text": "call [PHONE_1]"}]
-    assert "555" not in page
+    assert "555" not in DIGEST.sub("", page)
 
 
 def test_rows_stay_text(make: Make) -> None:
