@@ -9,7 +9,6 @@ for held-out prose, with its 95 % interval, and the divergence KL(base || tuned)
 held-out texts are not part of. Seconds are processor time of the tuning.
 """
 
-import argparse
 import json
 import lzma
 import resource
@@ -22,10 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from _machine import code, command, machine
-from _tasks import TASKS, in_its_own_process, task
+from _tasks import measure, task
 
-ROOT = Path(__file__).resolve().parent.parent
 REPLAYED_BYTES, GENERAL_BYTES = 4_000_000, 400_000
 FULL, LORA = {"kind": "full"}, {"kind": "lora", "rank": 16}
 RATES = {"full": 5e-4, "lora": 3e-3}
@@ -123,40 +120,5 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Fill the file, or print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with the data sets")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="separated by commas")
-    parser.add_argument("--remedies", default=";".join(REMEDIES), help="separated by semicolons")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rows", type=int, default=150, help="test rows that are answered")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "forgetting.json")
-    parser.add_argument("--table", action="store_true", help="print the table of what was measured")
-    parser.add_argument("--role", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.role:
-        name, remedy = json.loads(arguments.role)
-        print(json.dumps(one_run(name, remedy, folder=arguments.data, steps=arguments.steps, rows=arguments.rows)))
-        return 0
-    before = json.loads(arguments.out.read_text("utf-8")) if arguments.out.is_file() else {}
-    if arguments.table:
-        print(table(before))
-        return 0
-    made = {"command": command(), "date": time.strftime("%Y-%m-%d"), "code": code(), "machine": machine()}
-    report = made | {"steps": arguments.steps, "rows": arguments.rows, "runs": before.get("runs", {})}
-    options = ["--data", str(arguments.data), "--steps", str(arguments.steps), "--rows", str(arguments.rows)]
-    for remedy in arguments.remedies.split(";"):  # remedy by remedy, so that a part of the table compares all tasks
-        for name in arguments.tasks.split(","):
-            runs = report["runs"].setdefault(name, {})
-            if remedy in runs:
-                continue
-            runs[remedy] = in_its_own_process(__file__, *options, role=[name, remedy])
-            print(f"{name}, {remedy}: {runs[remedy]}", file=sys.stderr)
-            arguments.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    print(table(report))
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(measure(__file__, doc=__doc__, sorts=REMEDIES, steps=100, rows=150, one_run=one_run, table=table))

@@ -739,7 +739,7 @@ def test_what_is_looked_up_may_be_near_in_meaning(project, build_model):
     for row in shown:
         cosine_N = embed([rows[line - 1] for line in trained]) @ embed([row["prompt"][0]["content"]])[0]
         nearest = [trained[place] for place in np.argsort(-cosine_N, kind="stable")[:2]]
-        assert row["looked_up"]["retrieval"] == [f"{project / 'rows.jsonl'}:{line}" for line in nearest[::-1]]
+        assert row["looked_up"]["retrieval"] == [f"{project / 'rows.jsonl'}:{line}" for line in nearest]
     with pytest.raises(RecipeError, match="base' is no encoder"):
         tune(project, f"evaluate={{{by}, embedder: base}}")
     for odd in ("look_up_by: embeddings, against: [retrieval]", "embedder: encoder, against: [retrieval]"):
@@ -769,8 +769,26 @@ def test_a_run_trained_with_passages_is_asked_with_them(project):
         number = row["prompt"][0]["content"].split()[-1].removesuffix("?")
         assert row["looked_up"] == {"tuned_retrieval": [f"{number}.txt:1"]}
         assert row["prompt"][0]["content"] == f"What colour has number {number}?"
-    with pytest.raises(RecipeError, match="puts passages before questions, and objective 'causal' answers none"):
+    with pytest.raises(
+        RecipeError, match="puts passages or rows before questions, and objective 'causal' answers none"
+    ):
         tune(project, "data.look_up={documents: library}", "objective=causal")
+
+
+def test_a_run_trained_with_other_rows_is_asked_with_them(project):
+    run = tune(
+        project, "train.max_steps=2", "data.look_up={passages: 2}",
+        "evaluate={against: [base, tuned_retrieval], metrics: [perplexity], max_tokens: 4, look_up: 2}",
+    )  # fmt: skip
+    trained = json.loads((run.path / "ledger.json").read_text())["reasons"]["trained"]
+    assert set(trained) == {"with rows found", "with other rows"}
+    assert "look_up" not in run.resolved["hashes"]["files"]  # the rows are what they are looked up in
+    evaluate(project, run)
+    shown = [json.loads(line) for line in (run.path / "examples.jsonl").read_text().splitlines()]
+    held = {row["origin"] for row in shown}
+    for row in shown:
+        assert len(row["looked_up"]["tuned_retrieval"]) == 2
+        assert not held & set(row["looked_up"]["tuned_retrieval"])
 
 
 def test_the_seeds_of_a_recipe_are_told_together(project):

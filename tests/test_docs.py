@@ -173,7 +173,9 @@ def test_make_targets_and_programs_exist() -> None:
 def test_options_of_programs_exist(piece: Piece) -> None:
     words = shlex.split(piece.text)
     if words[1] != "-m":
-        source = (REPOSITORY / words[1]).read_text("utf-8")
+        program = REPOSITORY / words[1]
+        shared = program.parent.glob("_*.py") if "from _" in program.read_text("utf-8") else ()
+        source = "".join(path.read_text("utf-8") for path in (program, *shared))
         for option in (word for word in words if word.startswith("--")):
             assert f'"{option}"' in source, option
 

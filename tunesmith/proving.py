@@ -7,14 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.answers import Answer
-from tunesmith.data.retrieval import Bm25, Embedded, Indexer, PassageLookup, RowLookup, read_passages
+from tunesmith.data.retrieval import (
+    Bm25,
+    Embedded,
+    Indexer,
+    Lookup,
+    Passage,
+    look_up_passages,
+    look_up_rows,
+    read_passages,
+)
 from tunesmith.data.types import Example, Message
 from tunesmith.errors import RecipeError
 from tunesmith.evaluate.heads import baseline, evaluate_heads, named_classes, systems_of, that_fit
 from tunesmith.evaluate.judge import prove_judged
 from tunesmith.evaluate.memorised import both_sides, prove_memorised
 from tunesmith.evaluate.result import UNTUNED, Evaluation, drawn
-from tunesmith.evaluate.run import System, choose_shots, evaluate_systems, prompt_messages
+from tunesmith.evaluate.run import System, choose_shots, evaluate_systems
 from tunesmith.evaluate.settings import LOOKING_UP, EvaluateSettings
 from tunesmith.evaluate.shots import best_shots
 from tunesmith.evaluate.stopping import hindsight
@@ -218,7 +227,7 @@ def _with_training(
 
 def _lookup(
     tuned: Tuned, rows: Iterator[Example], *, settings: EvaluateSettings, room: int
-) -> RowLookup | PassageLookup:
+) -> Lookup[Example] | Lookup[Passage]:
     """What finds rows or passages for a question, such that its prompt stays within `room` tokens."""
     template = tuned.template
 
@@ -231,13 +240,9 @@ def _lookup(
     if settings.embedder is not None:
         indexer = partial(Embedded, embed=load_embedder(settings.embedder, device=str(tuned.model.device)))
     if documents is not None:
-        return PassageLookup(read_passages(Path(documents)), count=settings.look_up, fits=fits, indexer=indexer)
-    show = partial(_with_shots, plain=template.plain)
-    return RowLookup(rows, count=settings.look_up, fits=fits, show=show, indexer=indexer)
-
-
-def _with_shots(example: Example, shots: tuple[Example, ...], *, plain: bool) -> list[Message]:
-    return prompt_messages(example, shots=shots, plain=plain)
+        passages = read_passages(Path(documents))
+        return look_up_passages(passages, count=settings.look_up, fits=fits, indexer=indexer)
+    return look_up_rows(rows, plain=template.plain, count=settings.look_up, fits=fits, indexer=indexer)
 
 
 def _few_shot(

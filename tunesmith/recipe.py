@@ -83,7 +83,8 @@ class Recipe(BaseModel):
             )
         if self.data.look_up is not None and isinstance(self.objective, Headed | Causal):
             raise ValueError(
-                f"data.look_up puts passages before questions, and objective '{self.objective.kind_name}' answers none"
+                "data.look_up puts passages or rows before questions,"
+                f" and objective '{self.objective.kind_name}' answers none"
             )
         if self.data.replay is not None and self.data.replay == self.evaluate.general:
             raise ValueError(
@@ -311,7 +312,7 @@ def _resolved(recipe: Recipe, *, folder: Path) -> Recipe:
         given = getattr(data, key)
         if isinstance(given, str):
             update[key] = path(given)
-    if data.look_up is not None:
+    if data.look_up is not None and data.look_up.documents is not None:
         update["look_up"] = data.look_up.model_copy(update={"documents": path(data.look_up.documents)})
     base: str | NewBase = recipe.base
     if isinstance(base, NewBase):

@@ -1,6 +1,7 @@
 """Passages before the questions that are trained on: what is trained is what is asked, counted and known to the cache."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from tunesmith.data.prepare import Prepared, prepare
-from tunesmith.data.retrieval import PassageLookup, read_passages
+from tunesmith.data.retrieval import look_up_passages, look_up_rows, read_passages
 from tunesmith.data.settings import DataSettings, LookUpSettings
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenizer import Tokenizer
@@ -67,7 +68,7 @@ def asked(prepared: Prepared, name: str, *, template: ChatTemplate) -> list[str]
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_rows_have_what_is_found_or_other_passages_as_they_are_asked(make, template, documents, share):
     prepared = make(look_up={"share": share})
-    lookup = PassageLookup(read_passages(documents), count=2, fits=lambda messages, example: True)
+    lookup = look_up_passages(read_passages(documents), count=2, fits=lambda messages, example: True)
 
     def found(example: Example) -> str:
         return template.tokenizer.decode(template.prompt(lookup.prompt(example)).ids)
@@ -132,3 +133,57 @@ def test_selected_rows_have_their_passages(make, template):
     prepared = make(look_up={"share": 1.0}, select={"keep": 10, "by": "diversity"})
     assert prepared.ledger["reasons"]["trained"] == {"with passages found": 10}
     assert all("is red." in text for text in asked(prepared, "train", template=template))
+
+
+def test_without_documents_other_rows_are_shown_as_they_are_asked_and_never_a_row_itself(make, template):
+    rows = [{"prompt": f"Colour of {n % 30:03}, {n % 3} and {n % 5}?", "completion": f"red {n}"} for n in range(60)]
+    prepared = make(rows, look_up={"documents": None, "passages": 3, "share": 0.7})
+    examples = list(prepared.examples("train"))
+    texts = asked(prepared, "train", template=template)
+
+    def found(example: Example, *, among: list[Example]) -> str:
+        lookup = look_up_rows(among, plain=False, count=3, fits=lambda messages, example: True)
+        return template.tokenizer.decode(template.prompt(lookup.prompt(example)).ids)
+
+    num_found = 0
+    for example, text in zip(examples, texts, strict=True):
+        others = [row for row in examples if row.prompt_key != example.prompt_key]
+        num_found += text == found(example, among=others)
+        answers = {row.messages[-1].content for row in examples if row.prompt_key == example.prompt_key}
+        assert len(answers) == 2  # the prompt stands there twice
+        assert text.count("red ") == 3
+        assert not any(text.count(f"{answer}<") for answer in answers)
+    counts = prepared.ledger["reasons"]["trained"]
+    assert counts == {"with rows found": num_found, "with other rows": len(examples) - num_found}
+    assert 0.5 * len(examples) < num_found < 0.9 * len(examples)
+    held = list(prepared.examples("validation"))
+    assert held
+    assert asked(prepared, "validation", template=template) == [found(row, among=examples) for row in held]
+
+
+def test_of_shown_rows_nothing_is_trained_and_only_selected_ones_are_shown(make, template):
+    rows = [{"prompt": f"Colour of {n:03} and all?", "completion": f"answer{n:03}"} for n in range(40)]
+    prepared = make(
+        rows, look_up={"documents": None, "passages": 2, "share": 1.0}, select={"keep": 12, "by": "diversity"}
+    )
+    examples = list(prepared.examples("train"))
+    assert prepared.ledger["reasons"]["trained"] == {"with rows found": 12}
+    kept = {row.messages[-1].content for row in examples}
+    for unit, row in enumerate(examples):
+        ((sequence,),) = (prepared.train.unit(unit),)
+        trained = template.tokenizer.decode(sequence.tokens_T[sequence.weight_T > 0].tolist())
+        assert trained.startswith(row.messages[-1].content)
+        assert trained.count("answer") == 1
+    for text in asked(prepared, "train", template=template):
+        shown = set(re.findall(r"answer\d+", text))
+        assert len(shown) == 2
+        assert shown < kept
+
+
+def test_fewer_rows_are_shown_where_the_row_would_be_too_long(make, template):
+    whole = make(look_up={"documents": None, "share": 1.0})
+    longest = whole.train.longest()
+    shorter = make(look_up={"documents": None, "share": 1.0}, max_tokens=longest - 1)
+    assert shorter.train.longest() < longest
+    alone = make(look_up={"documents": None, "share": 1.0}, max_tokens=longest // 3 + 2)
+    assert alone.ledger["reasons"]["trained"] == {"without rows": len(whole.train)}

@@ -18,14 +18,13 @@ from tunesmith.data.retrieval import (
     Bm25,
     Embedded,
     Passage,
-    PassageLookup,
-    RowLookup,
     asked_text,
+    look_up_passages,
+    look_up_rows,
     read_passages,
 )
 from tunesmith.data.types import Example, Message, Origin
 from tunesmith.errors import DataError, NotFoundError
-from tunesmith.evaluate.run import prompt_messages
 
 
 def row(question: str, answer: str = "yes", *, line: int = 1) -> Example:
@@ -89,11 +88,10 @@ def test_passages_and_rows_are_looked_up_in_any_index() -> None:
     asked = row("tinsel?")  # shares no word with either, and its letters with the second
     indexer = partial(Embedded, embed=letters)
     fits = lambda messages, example: True  # noqa: E731
-    assert PassageLookup(passages, count=1, fits=fits).origins(asked) == []
-    assert PassageLookup(passages, count=1, fits=fits, indexer=indexer).origins(asked) == ["a.txt:2"]
+    assert look_up_passages(passages, count=1, fits=fits).origins(asked) == []
+    assert look_up_passages(passages, count=1, fits=fits, indexer=indexer).origins(asked) == ["a.txt:2"]
     rows = [row("dog bark", line=1), row("listen", line=2)]
-    show = partial(prompt_messages, plain=False)
-    lookup = RowLookup(rows, count=1, fits=fits, show=lambda e, shots: show(e, shots=shots), indexer=indexer)
+    lookup = look_up_rows(rows, plain=False, count=1, fits=fits, indexer=indexer)
     assert lookup.origins(asked) == ["rows.jsonl:2"]
 
 
@@ -105,17 +103,15 @@ def test_the_rows_most_alike_stand_last_and_fewer_are_shown_where_they_do_not_fi
     def fits(messages: list[Message], example: Example) -> bool:
         return sum(len(m.content) for m in messages) <= limit
 
-    def show(example: Example, shots: tuple[Example, ...]) -> list[Message]:
-        return prompt_messages(example, shots=shots, plain=False)
-
-    lookup = RowLookup([*rows, Example(Origin("t", 1), "text", text="red fox")], count=2, fits=fits, show=show)
-    assert lookup.origins(asked) == ["rows.jsonl:1", "rows.jsonl:2"]
+    plain_text = Example(Origin("t", 1), "text", text="red fox")
+    lookup = look_up_rows([*rows, plain_text], plain=False, count=2, fits=fits)
+    assert lookup.origins(asked) == ["rows.jsonl:2", "rows.jsonl:1"]
     assert [m.content for m in lookup.prompt(asked)] == [
         "the red fox", "yes", "the red fox jumps over it", "yes", "does the red fox jump over it",
     ]  # fmt: skip
     for size, origins in ((60, ["rows.jsonl:2"]), (10, [])):
         limit = size
-        lookup = RowLookup(rows, count=2, fits=fits, show=show)
+        lookup = look_up_rows(rows, plain=False, count=2, fits=fits)
         assert lookup.origins(asked) == origins
     assert lookup.prompt(asked) == list(asked.asked[0])
 
@@ -130,14 +126,14 @@ def test_passages_stand_before_the_question_with_the_nearest_first(tmp_path: Pat
         ("b.TXT:1", True), (str(Path("deep/a.md")) + ":1", True), (str(Path("deep/a.md")) + ":8", False),
     ]  # fmt: skip
     assert passages[1].text == "# Foxes\n\nA fox is red.\n\nA dog is not."
-    lookup = PassageLookup(passages, count=2, fits=lambda messages, example: True)
+    lookup = look_up_passages(passages, count=2, fits=lambda messages, example: True)
     asked = Example(
         Origin("rows.jsonl", 1), "chat",
         (Message("system", "Be brief."), Message("user", "Who jumps?"), Message("assistant", "The fox.")),
     )  # fmt: skip
     assert lookup.origins(asked) == ["b.TXT:1"]
     assert [m.content for m in lookup.prompt(asked)] == ["Be brief.", "The red fox jumps.\n\nWho jumps?"]
-    none = PassageLookup(passages, count=2, fits=lambda messages, example: False)
+    none = look_up_passages(passages, count=2, fits=lambda messages, example: False)
     assert none.prompt(asked) == list(asked.asked[0])
     assert asked_text(asked) == "Who jumps?"
 

@@ -10,12 +10,13 @@ import torch
 from pydantic import ValidationError
 
 from tunesmith.data.answers import Answer, Classes, Numbers, Tags
+from tunesmith.data.retrieval import prompt_messages
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.types import Example, Label, Message, Origin
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluate.heads import baseline, evaluate_heads, named_classes, systems_of
-from tunesmith.evaluate.run import System, prompt_messages
+from tunesmith.evaluate.run import System
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.models.load import Model
 from tunesmith.objectives.classification import Classification

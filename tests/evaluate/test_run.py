@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from tunesmith.data.pack import Pack
+from tunesmith.data.retrieval import prompt_messages
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.types import CodeTests, Example, Message, Origin
 from tunesmith.errors import DataError, ModelError, RecipeError
-from tunesmith.evaluate.run import Evaluation, System, choose_shots, default_metrics, evaluate_systems, prompt_messages
+from tunesmith.evaluate.run import Evaluation, System, choose_shots, default_metrics, evaluate_systems
 from tunesmith.evaluate.sandbox import check_enforced
 from tunesmith.evaluate.settings import EvaluateSettings
 from tunesmith.methods.lora import Lora, LoraLinear

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from tunesmith.data.retrieval import prompt_messages
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.types import Example, Message, Origin
 from tunesmith.evaluate.answered import Answered
-from tunesmith.evaluate.run import System, only_last, prompt_messages
+from tunesmith.evaluate.run import System, only_last
 from tunesmith.evaluate.shots import ROWS, Choice, best_shots, parted
 from tunesmith.models.load import Model
 

@@ -21,7 +21,7 @@ from tunesmith.data.curate.select import select
 from tunesmith.data.formats import examine
 from tunesmith.data.general import draw_key, drawn_keys, parts
 from tunesmith.data.ledger import Ledger, Problem
-from tunesmith.data.look_up import Passages
+from tunesmith.data.look_up import LookedUp
 from tunesmith.data.retrieval import documents_in
 from tunesmith.data.settings import DESCRIBING, DataSettings
 from tunesmith.data.sources import read_rows, resolve
@@ -159,7 +159,7 @@ def prepare(
     texts = [] if settings.protected is None else files_below(settings.protected)
     read |= {"protected": [(str(path), path) for path in texts]}
     files = {name: [f"{shown} {sha256_file(path)}" for shown, path in found] for name, found in read.items() if found}
-    if settings.look_up is not None:
+    if settings.look_up is not None and settings.look_up.documents is not None:
         documents = documents_in(Path(settings.look_up.documents))
         files["look_up"] = [f"{path} {sha256_file(path)}" for path in documents]
     objective = objective.fitted(usable(settings))  # so that the fitted one, as a run has it, finds the same rows
@@ -234,22 +234,18 @@ class _Preparation:
     trained_weight: float = 0.0
     selected: set[Origin] | None = None  # the training rows that `data.select` keeps
     left_out: dict[Origin, Problem] = field(default_factory=dict)  # those that `data.leave_out` does not
-    passages: Passages | None = None  # that `data.look_up` puts before the questions
+    looked_up: LookedUp | None = None  # what `data.look_up` puts before the questions
     missing: set[str] = field(default_factory=set)  # columns to keep that no row had so far
 
     def run(self) -> None:
         found = look(lambda: usable(self.settings), settings=self.settings)
         self.ledger.findings, self.left_out = found.counts, found.left_out
-        if self.settings.look_up is not None:
-            self.passages = Passages(self.settings.look_up, fits=self._fits)
         self.missing.update(self.settings.keep_columns)
         if self.settings.select is not None:
-            first = _Preparation(
-                self.settings, self.objective, self.template, self.max_tokens, self.folder, lambda rows: None
-            )
-            first.left_out = self.left_out
-            first.passages = self.passages
-            self.selected = select(first.candidates(), settings=self.settings.select)
+            self.selected = select(self._candidates(), settings=self.settings.select)
+        if (asked := self.settings.look_up) is not None:
+            rows = self._candidates() if asked.documents is None else iter(())
+            self.looked_up = LookedUp(asked, rows=rows, plain=self.template.plain, fits=self._fits)
         (self.folder / "objective.json").write_text(json.dumps(self.objective.model_dump(mode="json")), "utf-8")
         sides = ("train", "validation", "test")
         writers = {name: TokenWriter(self.folder / name) for name in sides if name != "test"}
@@ -277,12 +273,16 @@ class _Preparation:
         self.ledger.assert_complete(self.num_rows)
         (self.folder / "ledger.json").write_text(json.dumps(self.ledger.as_dict(), indent=1), "utf-8")
 
-    def candidates(self) -> Iterator[Example]:
-        """The rows that would be trained on without `data.select`; the errors of the others come first, as they would."""
-        for example, where, _ in self._rows():
+    def _candidates(self) -> Iterator[Example]:
+        """The rows that will be trained on, of those that `data.select` keeps; errors of the others come first."""
+        first = _Preparation(
+            self.settings, self.objective, self.template, self.max_tokens, self.folder, lambda rows: None
+        )
+        first.left_out, first.selected = self.left_out, self.selected
+        for example, where, _ in first._rows():
             if where == "train":
                 yield example
-        self._refuse_losses()
+        first._refuse_losses()
 
     def _rows(self) -> Iterator[tuple[Example, str, list[Sequence]]]:
         """The rows of all files that stay, with their side and sequences."""
@@ -421,9 +421,9 @@ class _Preparation:
 
     def _render(self, batch: list[Example], *, sides: list[str]) -> tuple[list[list[Sequence]], list[str]]:
         shown = [(example, "") for example in batch]
-        if self.passages is not None:
+        if self.looked_up is not None:
             helped = zip(batch, sides, strict=True)
-            shown = [self.passages.shown(example, is_trained=where == "train") for example, where in helped]
+            shown = [self.looked_up.before(example, is_trained=where == "train") for example, where in helped]
         examples = [example for example, _ in shown]
         sequences = self.objective.sequences(examples, template=self.template, max_tokens=self.max_tokens)
         return sequences, [reason for _, reason in shown]

@@ -13,10 +13,10 @@ Shapes: N texts, D embedding, W words.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from scipy import sparse
@@ -83,73 +83,21 @@ class Bm25:
         known = sorted({self.words[word] for word in _words(text) if word in self.words})
         if not known:
             return []
-        score_N = np.asarray(self._by_word[:, known].sum(axis=1)).ravel()
-        order = np.argsort(-score_N, kind="stable")[:count]
-        return [int(place) for place in order if score_N[place] > 0]
+        having = [slice(*self._by_word.indptr[word : word + 2]) for word in known]
+        places = np.concatenate([self._by_word.indices[part] for part in having])
+        parts = np.concatenate([self._by_word.data[part] for part in having])
+        score_N = np.bincount(places, weights=parts, minlength=self._by_word.shape[0])
+        found = np.flatnonzero(score_N)
+        if len(found) > count:  # only those that can be among the first are sorted
+            found = found[score_N[found] >= np.partition(score_N[found], -count)[-count]]
+        return [int(place) for place in found[np.argsort(-score_N[found], kind="stable")][:count]]
 
 
 def _words(text: str) -> list[str]:
     return WORD.findall(text.casefold())
 
 
-class Lookup(Protocol):
-    """Finds something for a question and puts it into its prompt."""
-
-    def prompt(self, example: Example) -> list[Message]:
-        """The messages that are asked, with what was found."""
-
-    def origins(self, example: Example) -> list[str]:
-        """Where what was found stands."""
-
-
 Fits = Callable[[list[Message], Example], bool]
-
-
-def asked_text(example: Example) -> str:
-    """The words by which a row is looked up: of the last user turn."""
-    return next(m.content for m in reversed(example.asked[0]) if m.role == "user")
-
-
-class RowLookup:
-    """The training rows most like a question, as examples before it; the most alike stands last.
-
-    `show` puts rows before a question; fewer are shown where the prompt would not fit.
-    """
-
-    def __init__(
-        self,
-        rows: Iterable[Example],
-        *,
-        count: int,
-        fits: Fits,
-        show: Callable[[Example, tuple[Example, ...]], list[Message]],
-        indexer: Indexer = Bm25,
-    ):
-        self.rows = [row for row in rows if row.text is None]
-        self.count, self.fits, self.show = count, fits, show
-        self._index = indexer([asked_text(row) for row in self.rows])
-        self._known: dict[str, tuple[Example, ...]] = {}  # by the key of what is asked
-
-    def shown(self, example: Example) -> tuple[Example, ...]:
-        """The rows that are shown, as many as fit."""
-        key = example.prompt_key
-        if key not in self._known:
-            self._known[key] = self._shown(example)
-        return self._known[key]
-
-    def _shown(self, example: Example) -> tuple[Example, ...]:
-        found = [self.rows[place] for place in self._index.nearest(asked_text(example), count=self.count)][::-1]
-        while found and not self.fits(self.show(example, tuple(found)), example):
-            found = found[1:]
-        return tuple(found)
-
-    def prompt(self, example: Example) -> list[Message]:
-        """The rows before the question."""
-        return self.show(example, self.shown(example))
-
-    def origins(self, example: Example) -> list[str]:
-        """Files and lines."""
-        return [str(row.origin) for row in self.shown(example)]
 
 
 @dataclass(frozen=True)
@@ -160,49 +108,115 @@ class Passage:
     text: str
 
 
-class PassageLookup:
-    """The passages most like a question, in front of it in the same turn; the most alike stands first."""
+Item = TypeVar("Item", Example, Passage)
 
-    def __init__(self, passages: Sequence[Passage], *, count: int, fits: Fits, indexer: Indexer = Bm25):
-        self.passages, self.count, self.fits = passages, count, fits
-        self._index = indexer([passage.text for passage in passages])
-        self._known: dict[str, list[Passage]] = {}  # by the key of what is asked
 
-    def found(self, example: Example) -> list[Passage]:
-        """The passages that are shown, as many as fit."""
+class Lookup(Generic[Item]):
+    """Finds the items most like a question and puts them into its prompt; fewer where the prompt would not fit.
+
+    `texts` are what the items are looked up by; `before` puts items, the most alike first, before a question.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        *,
+        texts: list[str],
+        before: Callable[[Example, Sequence[Item]], list[Message]],
+        count: int,
+        fits: Fits,
+        indexer: Indexer = Bm25,
+    ):
+        self.items: Sequence[Item] = items
+        self.before: Callable[[Example, Sequence[Item]], list[Message]] = before
+        self.count, self.fits = count, fits
+        self._index = indexer(texts)
+        self._known: dict[str, list[Item]] = {}  # by the key of what is asked
+
+    def found(self, example: Example) -> list[Item]:
+        """The items that are shown, as many as fit; the most alike first."""
         key = example.prompt_key
         if key not in self._known:
-            self._known[key] = self.fitting(example, self.nearest(example))
+            self._known[key] = self._fitting(example, places=self.nearest(example))
         return self._known[key]
 
-    def nearest(self, example: Example) -> list[int]:
-        """Places of the passages that are most like the question."""
-        return self._index.nearest(asked_text(example), count=self.count)
+    def nearest(self, example: Example, *, without: Collection[int] = ()) -> list[int]:
+        """Places of the items most like the question, but for some."""
+        found = self._index.nearest(asked_text(example), count=self.count + len(without))
+        return [place for place in found if place not in without][: self.count]
 
-    def fitting(self, example: Example, places: Iterable[int]) -> list[Passage]:
-        """The first of these passages, as many as fit before the question."""
-        found = [self.passages[place] for place in places]
+    def put(self, example: Example, *, places: list[int]) -> tuple[list[Message], int]:
+        """The question with the first of these items before it, as many as fit, and how many they are."""
+        found = self._fitting(example, places=places)
+        return self.before(example, found), len(found)
+
+    def _fitting(self, example: Example, *, places: list[int]) -> list[Item]:
+        found = [self.items[place] for place in places]
         while found and not self.fits(self.before(example, found), example):
             found.pop()
         return found
 
     def prompt(self, example: Example) -> list[Message]:
-        """The question with the passages before it."""
+        """The question with what was found before it."""
         return self.before(example, self.found(example))
 
     def origins(self, example: Example) -> list[str]:
-        """Files and lines."""
-        return [str(passage.origin) for passage in self.found(example)]
+        """Files and lines of what was found."""
+        return [str(item.origin) for item in self.found(example)]
 
-    def before(self, example: Example, passages: list[Passage]) -> list[Message]:
-        """The messages that are asked, with these passages in the turn of the question."""
-        messages = list(example.asked[0])
-        if not passages:
-            return messages
-        place = max(n for n, message in enumerate(messages) if message.role == "user")
-        context = "\n\n".join(passage.text for passage in passages)
-        messages[place] = Message("user", f"{context}\n\n{messages[place].content}", messages[place].weight)
+
+def look_up_rows(
+    rows: Iterable[Example], *, plain: bool, count: int, fits: Fits, indexer: Indexer = Bm25
+) -> Lookup[Example]:
+    """Rows as examples before a question like theirs, the most alike last; `plain`: the base has no chat template."""
+    rows = [row for row in rows if row.text is None]
+    return Lookup(
+        rows,
+        texts=[asked_text(row) for row in rows],
+        before=lambda example, found: prompt_messages(example, shots=found[::-1], plain=plain),
+        count=count,
+        fits=fits,
+        indexer=indexer,
+    )
+
+
+def look_up_passages(
+    passages: Sequence[Passage], *, count: int, fits: Fits, indexer: Indexer = Bm25
+) -> Lookup[Passage]:
+    """Passages in the turn of a question, before it, the most alike first."""
+    texts = [passage.text for passage in passages]
+    return Lookup(passages, texts=texts, before=_with_passages, count=count, fits=fits, indexer=indexer)
+
+
+def _with_passages(example: Example, passages: Sequence[Passage]) -> list[Message]:
+    messages = list(example.asked[0])
+    if not passages:
         return messages
+    place = max(n for n, message in enumerate(messages) if message.role == "user")
+    context = "\n\n".join(passage.text for passage in passages)
+    messages[place] = replace(messages[place], content=f"{context}\n\n{messages[place].content}")
+    return messages
+
+
+def asked_text(example: Example) -> str:
+    """The words by which a row is looked up: of the last user turn."""
+    return next(m.content for m in reversed(example.asked[0]) if m.role == "user")
+
+
+def prompt_messages(example: Example, *, shots: Sequence[Example], plain: bool) -> list[Message]:
+    """The prompt of a row with `shots` before it: as earlier turns, or as text where the base has no chat template."""
+    messages = list(example.asked[0])
+    if not shots:
+        return messages
+    if plain:
+        shown = "\n\n".join(f"{s.asked[0][-1].content}\n{s.asked[1].content}" for s in shots)
+        return [*messages[:-1], Message("user", f"{shown}\n\n{messages[-1].content}")]
+    lead = [m for m in messages[:1] if m.role == "system"]
+    turns: list[Message] = []
+    for shot in shots:
+        before, answer = shot.asked
+        turns += [replace(m, weight=0.0) for m in (*before, answer) if m.role != "system"]
+    return lead + turns + messages[len(lead) :]
 
 
 def documents_in(folder: Path) -> list[Path]:

@@ -50,17 +50,24 @@ class SelectSettings(BaseModel):
 
 
 class LookUpSettings(BaseModel):
-    """Train with passages before the questions, as `tuned_retrieval` is asked (`data.look_up`; RAFT, Zhang et al. 2024)."""
+    """Train with passages or other rows before the questions, as `tuned_retrieval` is asked (`data.look_up`; RAFT, Zhang
+    et al. 2024)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    documents: str = Field(description="Folder of texts in which passages are looked up for each question.")
-    passages: int = Field(default=4, ge=1, le=64, description="How many passages stand before a question at most.")
+    documents: str | None = Field(
+        default=None,
+        description="Folder of texts in which passages are looked up for each question; by default other training rows are"
+        " looked up, and shown with their answers.",
+    )
+    passages: int = Field(
+        default=4, ge=1, le=64, description="How many passages, or rows, stand before a question at most."
+    )
     share: float = Field(
         default=0.8,
         gt=0,
         le=1,
-        description="The share of the training rows with the passages most like the question; the rest have others alone, so"
+        description="The share of the training rows with what is most like the question; the rest have others alone, so"
         " that the model learns to ignore what does not help.",
     )
 
@@ -101,7 +108,7 @@ class DataSettings(BaseModel):
         default=None, description="Train on fewer rows, chosen to stand for all: the section below."
     )
     look_up: LookUpSettings | None = Field(
-        default=None, description="Train with passages of documents before the questions: the section below."
+        default=None, description="Train with passages or other rows before the questions: the section below."
     )
     form: Form = Field(default="auto", description="The form of the rows; `auto` tells it from each row's columns.")
     mapping: dict[str, str] = Field(

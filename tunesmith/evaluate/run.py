@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.retrieval import Lookup
+from tunesmith.data.retrieval import Lookup, Passage, prompt_messages
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example, Message, Sequence
 from tunesmith.errors import DataError, ModelError, RecipeError
@@ -50,7 +50,7 @@ class System:
     shots: tuple[Example, ...] = ()
     template: ChatTemplate | None = None
     answered: Answered | None = None
-    lookup: Lookup | None = None
+    lookup: Lookup[Example] | Lookup[Passage] | None = None
 
     def prompt(self, example: Example, *, plain: bool) -> list[Message]:
         """What is asked of a row; `plain`: the base has no chat template."""
@@ -76,22 +76,6 @@ def only_last(example: Example, prompt: list[Message]) -> Example:
     answer = example.asked[1]
     trained = Message(answer.role, answer.content, 1.0, answer.extra)
     return Example(example.origin, "chat", (*read, trained), tools=example.tools)
-
-
-def prompt_messages(example: Example, *, shots: tuple[Example, ...], plain: bool) -> list[Message]:
-    """The prompt of a row with `shots` before it: as earlier turns, or as text where the base has no chat template."""
-    messages = list(example.asked[0])
-    if not shots:
-        return messages
-    if plain:
-        shown = "\n\n".join(f"{s.asked[0][-1].content}\n{s.asked[1].content}" for s in shots)
-        return [*messages[:-1], Message("user", f"{shown}\n\n{messages[-1].content}")]
-    lead = [m for m in messages[:1] if m.role == "system"]
-    turns: list[Message] = []
-    for shot in shots:
-        before, answer = shot.asked
-        turns += [m for m in before if m.role != "system"] + [answer]
-    return lead + turns + messages[len(lead) :]
 
 
 def default_metrics(examples: list[Example]) -> tuple[str, ...]:

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.data.retrieval import prompt_messages
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.types import Example, Sequence
 from tunesmith.errors import ModelError
-from tunesmith.evaluate.run import PACK_TOKENS, System, only_last, prompt_messages, sampled, shots_fit
+from tunesmith.evaluate.run import PACK_TOKENS, System, only_last, sampled, shots_fit
 
 SIZES = (1, 2, 4, 8, 16)
 DRAWS = 3
