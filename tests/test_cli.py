@@ -258,6 +258,14 @@ def test_check_says_no_where_a_row_cannot_be_trained_on(base, rows):
     assert f"{rows}:21" in shown.out
 
 
+def test_scores_are_written_of_the_check_that_gives_them_alone(base, rows, here):
+    error, hint = call("data", "check", rows, "--base", base, "--scores", here / "scores.jsonl").refused()
+    assert "--scores has no effect" in error
+    assert hint == "--only difficulty"
+    error, hint = call("data", "check", rows, "--base", base, "--only", "difficulty").refused()
+    assert "no weights" in error or "safetensors" in error + hint
+
+
 def test_check_finds_what_stands_in_the_other_file(base, rows, here):
     (here / "test.jsonl").write_text(rows.read_text().splitlines()[4])
     result = call("data", "check", rows, "--against", "test.jsonl", "--base", base, "--json")

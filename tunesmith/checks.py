@@ -1,9 +1,11 @@
 """`data check`: a file looked at with a base's tokenizer, template and context length."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.data.check import CheckReport, CountTokens, check_file
+from tunesmith.data.curate.difficulty import Score
 from tunesmith.data.curate.drift import Drift, drift_of
 from tunesmith.data.curate.semantic import Embed
 from tunesmith.data.prepare import usable
@@ -11,8 +13,9 @@ from tunesmith.data.settings import DataSettings
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.types import Example
-from tunesmith.errors import NotFoundError
+from tunesmith.errors import NotFoundError, RecipeError
 from tunesmith.models.base import context_tokens, read_config, resolve_base, template_for
+from tunesmith.storage import write_text
 
 if TYPE_CHECKING:
     from tunesmith.recipe import Recipe
@@ -39,7 +42,10 @@ def check_data(
     protected: str | None = None,
     embedder: str | None = None,
 ) -> CheckReport:
-    """What is in `file`, what is wrong with it, what would be trained. Torch is needed for an `embedder` alone."""
+    """What is in `file`, what is wrong with it, what would be trained.
+
+    Torch is needed for an `embedder` and the check `difficulty` alone, whose scores are those of `base`.
+    """
     settings: DataSettings | None = None
     taken = 0  # tokens of the context that the method takes for itself
     labels: tuple[str, ...] | None = None  # whose names are answers to choose from
@@ -84,7 +90,15 @@ def check_data(
         max_tokens=limit,
         only=only,
         embed=None if embedder is None else _embed(embedder),
+        score=_score(base, template=template) if "difficulty" in (only or ()) else None,
     )
+
+
+def write_scores(report: CheckReport, *, path: Path) -> None:
+    """What the check `difficulty` says of each row, a JSON object a line. RecipeError where it did not run."""
+    if report.scored is None:
+        raise RecipeError("--scores has no effect without the check 'difficulty'", hint="--only difficulty")
+    write_text(path, text="".join(json.dumps(row, ensure_ascii=False) + "\n" for row in report.scored.rows()))
 
 
 def drift_from(file: str, *, like: str, recipe: Path | None = None) -> Drift:
@@ -98,6 +112,13 @@ def _embed(base: str) -> Embed:
     from tunesmith.models.embed import load_embedder
 
     return load_embedder(base)
+
+
+def _score(base: str, *, template: ChatTemplate) -> Score:
+    from tunesmith.evaluate.difficulty import scorer
+    from tunesmith.models.load import load_model
+
+    return scorer(load_model(base), template=template)
 
 
 def _labels_in_words(recipe: "Recipe") -> tuple[str, ...] | None:

@@ -31,10 +31,13 @@ def data_check(
     like: Annotated[
         str | None, typer.Option("--like", help="a file of real prompts: are the rows' prompts like these?")
     ] = None,
+    scores: Annotated[
+        Path | None, typer.Option("--scores", help="write what --only difficulty says of each row, as JSON Lines")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What is in a file, what is wrong with it, and what would be trained."""
-    from tunesmith.checks import check_data, drift_from
+    from tunesmith.checks import check_data, drift_from, write_scores
 
     if like is not None:
         drift = drift_from(file, like=like, recipe=recipe)
@@ -50,6 +53,8 @@ def data_check(
         protected=protected,
         embedder=embedder,
     )
+    if scores is not None:
+        write_scores(report, path=scores)
     print_result(report.as_dict(), as_json=as_json, text=report.as_text)
     if report.num_errors:
         raise typer.Exit(3)

@@ -10,12 +10,14 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tunesmith.data.curate.checks import choose
+from tunesmith.data.curate.checks import Chosen, choose
+from tunesmith.data.curate.difficulty import Difficulty, Score
 from tunesmith.data.curate.labels import Labels
 from tunesmith.data.curate.repeated import Repeated
 from tunesmith.data.curate.semantic import Embed
@@ -43,7 +45,8 @@ class CheckReport:
 
     `problems` holds the first 1,000 of a kind and `problem_counts` all of them, by (kind, severity); `ledger` is what
     would become of the rows under these settings; `unused_columns` are read by nothing; `mapping` is the one that was
-    taken for granted because the file has a text and a label column; `checks` ran, and those of `not_run` need something.
+    taken for granted because the file has a text and a label column; `checks` ran, and those of `not_run` need something;
+    `scored` has the scores of the rows, where the check `difficulty` ran.
     """
 
     file: str
@@ -57,6 +60,7 @@ class CheckReport:
     mapping: dict[str, str] = field(default_factory=dict)
     checks: list[str] = field(default_factory=list)
     not_run: dict[str, str] = field(default_factory=dict)
+    scored: Difficulty | None = None
 
     @property
     def num_errors(self) -> int:
@@ -80,6 +84,7 @@ class CheckReport:
             "mapping": self.mapping,
             "checks": self.checks,
             "not_run": self.not_run,
+            "scores": None if self.scored is None else self.scored.summary(),
         }
 
     def as_text(self) -> str:
@@ -97,10 +102,20 @@ class CheckReport:
                 "tokens:   {total:,} in all, {targets:,} trained; a row has {median:,} (median), {p95:,} (95 %),"
                 " {longest:,} (longest)".format(**self.tokens)
             )
+        lines += self._score_lines()
         lines += [f"not run:  {name} ({why})" for name, why in self.not_run.items()]
         if to_do := self._to_do():
             lines += ["", "to do:", *(f"  - {item}" for item in to_do)]
         return "\n".join(lines)
+
+    def _score_lines(self) -> list[str]:
+        """Quantiles of the scores, where there are some."""
+        found = {} if self.scored is None else self.scored.summary()
+        return [
+            "{:12}{p5:.3g} (5 %), {median:.3g} (median), {p95:.3g} (95 %)".format(f"{name}:", **found[name])
+            for name in ("perplexity", "difficulty")
+            if name in found
+        ]
 
     def _problem_lines(self) -> list[str]:
         if not self.problems:
@@ -144,6 +159,7 @@ def check_file(
     max_tokens: int | None = None,
     only: tuple[str, ...] | None = None,
     embed: Embed | None = None,
+    score: Score | None = None,
 ) -> CheckReport:
     """Check a file, a folder or a hub data set.
 
@@ -152,6 +168,7 @@ def check_file(
     count_tokens: (tokens, trained tokens) of each of a list of examples; may raise TemplateError.
     max_tokens: the longest row allowed; by default that of the settings.
     only: the checks to run (curate/checks.py); by default all that can. embed: for rows that say the same, see semantic.py.
+    score: for how hard rows are, see difficulty.py.
     Raises NotFoundError, and DataError for a file that cannot be read at all; what is wrong with a row is a problem.
     """
     if against is not None and _is_same_file(str(path), str(against)):
@@ -159,7 +176,8 @@ def check_file(
     settings = settings or DataSettings(train=str(path))
     if against is not None and only is not None and "duplicates" not in only:
         raise RecipeError("--against has no effect without the check 'duplicates'", hint="--only duplicates")
-    check = _Check(str(path), settings=settings, max_tokens=max_tokens or settings.max_tokens, only=only, embed=embed)
+    chosen = partial(choose, settings, only=only, embed=embed, score=score)
+    check = _Check(str(path), settings=settings, max_tokens=max_tokens or settings.max_tokens, chosen=chosen)
     if against is not None:
         check.read_other(str(against))
     check.read(count_tokens)
@@ -222,13 +240,12 @@ class _Check:
         *,
         settings: DataSettings,
         max_tokens: int | None,
-        only: tuple[str, ...] | None,
-        embed: Embed | None,
+        chosen: Callable[..., Chosen],
     ):
         self.path, self.settings, self.max_tokens = path, settings, max_tokens
         self.problems: list[Problem] = []
         self.counts: Counter[tuple[str, str]] = Counter()
-        self.chosen = choose(settings, again=self._again, only=only, embed=embed)
+        self.chosen = chosen(again=self._again)
         self.columns: Counter[str] = Counter()
         self.states = array("B")
         self.num_tokens, self.num_targets = array("Q"), array("Q")
@@ -360,6 +377,7 @@ class _Check:
                 hint = f"give a file or a larger share as data.{name}"
                 self.report(Problem("quality", "warning", self.path, 1, message, hint=hint))
         forms = list(self.reader.forms)
+        scored = self.chosen.checks.get("difficulty")
         return CheckReport(
             file=self.path,
             form=forms[0] if len(forms) == 1 else "mixed" if forms else "unknown",
@@ -372,6 +390,7 @@ class _Check:
             mapping=self.reader.mapping,
             checks=list(self.chosen.checks),
             not_run=self.chosen.not_run,
+            scored=scored if isinstance(scored, Difficulty) else None,
         )
 
     def _tokens(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ MAX_DETAILS = 1_000
 PROBLEM_KINDS = (
     "bad_row", "empty_target", "too_long", "template", "special_token", "exact_duplicate", "near_duplicate", "leak",
     "contamination", "personal_data", "secret", "contradiction", "label_error", "imbalance", "language", "quality",
-    "protected_text",
+    "protected_text", "difficulty",
 )  # fmt: skip
 
 

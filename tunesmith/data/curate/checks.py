@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tunesmith.data.curate.base import Check
 from tunesmith.data.curate.contamination import Contamination
+from tunesmith.data.curate.difficulty import Difficulty, Score
 from tunesmith.data.curate.label_errors import LabelErrors
 from tunesmith.data.curate.labels import Labels
 from tunesmith.data.curate.language import Language
@@ -25,7 +26,7 @@ PLAIN: dict[str, type[Check]] = {
     "language": Language,
     "label_errors": LabelErrors,
 }  # those that are made from nothing
-NAMES = (*PLAIN, "duplicates", "contamination", "protected", "semantic")
+NAMES = (*PLAIN, "duplicates", "contamination", "protected", "semantic", "difficulty")
 EXTRAS = {"language": "py3langid", "label_errors": "sklearn"}  # the module that each needs
 LEFT_OUT_BY = {  # for each kind that data.leave_out may name, the check that finds it
     "near_duplicate": "duplicates",
@@ -47,21 +48,27 @@ class Chosen:
 
 
 def choose(
-    settings: DataSettings, *, again: Again, only: tuple[str, ...] | None = None, embed: Embed | None = None
+    settings: DataSettings,
+    *,
+    again: Again,
+    only: tuple[str, ...] | None = None,
+    embed: Embed | None = None,
+    score: Score | None = None,
 ) -> Chosen:
     """All checks that can run, or those of `only`.
 
-    `settings` name the benchmarks and the protected texts; `embed` is what looks for rows that say the same. Raises
-    RecipeError where `only` names no check or one that needs what is not given, MissingExtraError for a missing extra.
+    `settings` name the benchmarks and the protected texts; `embed` is what looks for rows that say the same, `score` what
+    scores them. Raises RecipeError where `only` names no check or one that needs what is not given, MissingExtraError for a
+    missing extra.
     """
     if unknown := [name for name in only or () if name not in NAMES]:
         raise RecipeError(f"there is no check '{unknown[0]}'", hint=f"there are {', '.join(NAMES)}")
     checks: dict[str, Check] = {}
     not_run: dict[str, str] = {}
     for name in NAMES if only is None else dict.fromkeys(only):
-        why = _missing(name, settings=settings, embed=embed)
+        why = _missing(name, settings=settings, embed=embed, score=score)
         if why is None:
-            checks[name] = _check(name, settings=settings, again=again, embed=embed)
+            checks[name] = _check(name, settings=settings, again=again, embed=embed, score=score)
         elif only is None:
             not_run[name] = why
         else:
@@ -69,7 +76,7 @@ def choose(
     return Chosen(checks, not_run)
 
 
-def _missing(name: str, *, settings: DataSettings, embed: Embed | None) -> str | None:
+def _missing(name: str, *, settings: DataSettings, embed: Embed | None, score: Score | None) -> str | None:
     """What to give so that a check can run; None where it can."""
     if name in EXTRAS and importlib.util.find_spec(EXTRAS[name]) is None:
         return "pip install 'tunesmith[curate]'"
@@ -77,10 +84,12 @@ def _missing(name: str, *, settings: DataSettings, embed: Embed | None) -> str |
         return "name evaluation files with --benchmark or data.benchmarks"
     if name == "semantic" and embed is None:
         return "name an encoder with --embedder"
+    if name == "difficulty" and score is None:
+        return "takes a pass of the base over all rows; ask for it with --only difficulty"
     return None
 
 
-def _check(name: str, *, settings: DataSettings, again: Again, embed: Embed | None) -> Check:
+def _check(name: str, *, settings: DataSettings, again: Again, embed: Embed | None, score: Score | None) -> Check:
     if name == "duplicates":
         return Repeated(again)
     if name == "contamination":
@@ -90,4 +99,7 @@ def _check(name: str, *, settings: DataSettings, again: Again, embed: Embed | No
     if name == "semantic":
         assert embed is not None
         return SemanticRepeats(embed)
+    if name == "difficulty":
+        assert score is not None
+        return Difficulty(score)
     return PLAIN[name]()
