@@ -30,7 +30,7 @@ import numpy as np
 from _machine import code, command, machine, versions
 from planted import Planted, duplicates, overlap, personal, quality
 
-from tunesmith.data.curate.checks import choose
+from tunesmith.data.curate.checks import Models, choose
 from tunesmith.data.curate.semantic import Embed
 from tunesmith.data.formats import examine
 from tunesmith.data.settings import DataSettings
@@ -92,7 +92,7 @@ def _found(corpus: Planted, *, settings: DataSettings, embed: Embed | None) -> s
         example = examine(Row(Origin("planted", line), value), settings=settings)
         assert isinstance(example, Example), example
         examples.append(example)
-    chosen = choose(settings, again=lambda: examples, only=(corpus.check,), embed=embed)
+    chosen = choose(settings, again=lambda: examples, only=(corpus.check,), models=Models(embed=embed))
     check, lines = chosen.checks[corpus.check], set()
     for example in examples:
         lines |= {problem.line for problem in check.look(example)}

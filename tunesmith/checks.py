@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.data.check import CheckReport, CountTokens, check_file
+from tunesmith.data.curate.checks import Models
 from tunesmith.data.curate.difficulty import Score
 from tunesmith.data.curate.drift import Drift, drift_of
+from tunesmith.data.curate.names import Names
 from tunesmith.data.curate.semantic import Embed
 from tunesmith.data.prepare import usable
 from tunesmith.data.settings import DataSettings
@@ -41,11 +43,15 @@ def check_data(
     benchmarks: tuple[str, ...] = (),
     protected: str | None = None,
     embedder: str | None = None,
+    names: str | Names | None = None,
 ) -> CheckReport:
     """What is in `file`, what is wrong with it, what would be trained.
 
-    Torch is needed for an `embedder` and the check `difficulty` alone, whose scores are those of `base`.
+    Torch is needed alone for an `embedder`, for `names` (a model, or what was loaded of one) and for the check `difficulty`,
+    whose scores are those of `base`.
     """
+    if names is not None and only is not None and "personal" not in only:
+        raise RecipeError("--names has no effect without the check 'personal'", hint="--only personal")
     settings: DataSettings | None = None
     taken = 0  # tokens of the context that the method takes for itself
     labels: tuple[str, ...] | None = None  # whose names are answers to choose from
@@ -55,7 +61,9 @@ def check_data(
         loaded = load_recipe(recipe) if isinstance(recipe, Path) else recipe
         settings, taken = loaded.data, loaded.method.num_virtual_tokens
         base = loaded.base if isinstance(loaded.base, str) else base
-        labels = _labels_in_words(loaded)
+        names = names or settings.names
+        names = _names(names) if isinstance(names, str) else names
+        labels = _labels_in_words(loaded, names=None if settings.names is None else names)
     folder = resolve_base(base)
     source = read_template(Path(settings.template)) if settings and settings.template else None
     config = read_config(folder / "config.json")
@@ -89,8 +97,11 @@ def check_data(
         count_tokens=count_words or count,
         max_tokens=limit,
         only=only,
-        embed=None if embedder is None else _embed(embedder),
-        score=_score(base, template=template) if "difficulty" in (only or ()) else None,
+        models=Models(
+            embed=None if embedder is None else _embed(embedder),
+            score=_score(base, template=template) if "difficulty" in (only or ()) else None,
+            names=_names(names) if isinstance(names, str) else names,
+        ),
     )
 
 
@@ -121,13 +132,19 @@ def _score(base: str, *, template: ChatTemplate) -> Score:
     return scorer(load_model(base), template=template)
 
 
-def _labels_in_words(recipe: "Recipe") -> tuple[str, ...] | None:
+def _names(base: str) -> Names:
+    from tunesmith.models.names import load_names
+
+    return load_names(base)
+
+
+def _labels_in_words(recipe: "Recipe", *, names: Names | None) -> tuple[str, ...] | None:
     """The classes of the recipe's rows where their names are what is trained."""
     from tunesmith.objectives.label_words import LabelWords
 
     if not isinstance(recipe.objective, LabelWords):
         return None
-    return recipe.objective.fitted(usable(recipe.data)).labels
+    return recipe.objective.fitted(usable(recipe.data, names=names)).labels
 
 
 def _counting_words(labels: tuple[str, ...], *, template: ChatTemplate) -> CountTokens:

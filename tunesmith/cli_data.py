@@ -28,6 +28,9 @@ def data_check(
     embedder: Annotated[
         str | None, typer.Option("--embedder", help="an encoder: which rows say the same in other words?")
     ] = None,
+    names: Annotated[
+        str | None, typer.Option("--names", help="a model that tags persons: which rows hold names?")
+    ] = None,
     like: Annotated[
         str | None, typer.Option("--like", help="a file of real prompts: are the rows' prompts like these?")
     ] = None,
@@ -52,6 +55,7 @@ def data_check(
         benchmarks=tuple(benchmark or ()),
         protected=protected,
         embedder=embedder,
+        names=names,
     )
     if scores is not None:
         write_scores(report, path=scores)

@@ -25,6 +25,7 @@ from tunesmith.checks import check_data
 from tunesmith.data.curate.labels import MAX_LABEL_CHARACTERS, MAX_LABELS, ROWS_A_LABEL
 from tunesmith.data.curate.language import Language
 from tunesmith.data.curate.masking import Masker
+from tunesmith.data.curate.names import Names, with_names
 from tunesmith.data.formats import examine
 from tunesmith.data.ledger import Problem
 from tunesmith.data.prepare import Prepared
@@ -36,10 +37,11 @@ from tunesmith.evaluate.curves import columns
 from tunesmith.evaluate.report import ledger_view, page
 from tunesmith.evaluate.texts import bytes_text, clip, time_text
 from tunesmith.models.load import load_model
+from tunesmith.models.names import load_names
 from tunesmith.objectives.regression import Regression
 from tunesmith.recipe import Recipe, load_recipe
 from tunesmith.registry.workspace import Workspace
-from tunesmith.runs import check_suits, prepare_data
+from tunesmith.runs import check_suits, device_named, prepare_data
 from tunesmith.storage import write_json, write_text
 from tunesmith.vocabulary import grow_tokenizer
 
@@ -60,8 +62,7 @@ NOT_TOLD = (
     "Whether the rows are true, fair, or like the ones the model will meet.",
     "Who wrote them, whether these people agreed, and what the rows were collected for, beyond what is stated above.",
     "Whether the licence that is stated, or that rows name, is the right one.",
-    "Personal data without a shape of its own: names, street addresses and birthdays are neither counted nor masked, so"
-    " the sample may hold some.",
+    "Personal data without a shape of its own: {unseen} are neither counted nor masked, so the sample may hold some.",
     "Repeats in other words: rows are compared by their wording, not by their meaning.",
     "What is wrong with held-out rows, and repeats across files: each training file is checked by itself, and compared"
     " with the held-out file where there is one.",
@@ -108,9 +109,10 @@ def data_card(
     model = load_model(loaded.base)
     grow_tokenizer(loaded, model=model, workspace=workspace, on_message=on_message)
     prepared = prepare_data(loaded, model=model, workspace=workspace)
+    persons = None if loaded.data.names is None else load_names(loaded.data.names, device=device_named("auto"))
     names = _Names(recipe.absolute().parent)
     on_message("looking at the files")
-    look = _Look.at(loaded.data)
+    look = _Look.at(loaded.data, persons=persons)
     ledger = prepared.ledger | {"details": [names.in_place(detail) for detail in prepared.ledger["details"]]}
     document: dict[str, Any] = {
         "name": loaded.name,
@@ -124,7 +126,7 @@ def data_card(
         "splits": _splits(ledger),
         "ledger": ledger,
         "tokens": _tokens(prepared),
-        **_contents(prepared, numbers=isinstance(loaded.objective, Regression), names=names),
+        **_contents(prepared, numbers=isinstance(loaded.objective, Regression), names=names, persons=persons),
         "forms": dict(look.forms.most_common()),
         "columns": _columns(look),
         "personal": {
@@ -134,8 +136,11 @@ def data_card(
         },
     }
     on_message("checking the training rows")
-    document["findings"] = _findings(loaded, names=names)
-    document["not_told"] = list(NOT_TOLD)
+    document["findings"] = _findings(loaded, names=names, persons=persons)
+    unseen = (
+        f"names{'' if persons is None else ' that the model of data.names overlooks'}, street addresses and birthdays"
+    )
+    document["not_told"] = [text.format(unseen=unseen) for text in NOT_TOLD]
     return document | {"sentence": _sentence(document)}
 
 
@@ -205,31 +210,33 @@ class _Look:
     private_rows: int = 0
 
     @classmethod
-    def at(cls, data: DataSettings) -> "_Look":
-        """Read everything once."""
+    def at(cls, data: DataSettings, *, persons: Names | None) -> "_Look":
+        """Read everything once; `persons` finds the names."""
         look = cls()
         for role, source in _sources(data):
             settings = DataSettings(train=source) if role == "replay" else data
-            for row in read_rows(source, on_bad=look._unreadable):
-                look._add(row, settings=settings)
+            rows = read_rows(source, on_bad=look._unreadable)
+            examples = (e for row in rows if (e := look._add(row, settings=settings)) is not None)
+            for example, found in with_names(examples, names=persons):
+                masker = Masker(found)
+                _turns(example, masker)
+                look.private_rows += bool(masker.sorts)
+                look.sorts.update(masker.sorts)
         return look
 
     def _unreadable(self, problem: Problem) -> None:
         self.by_file[problem.file] += problem.severity == "error"
 
-    def _add(self, row: Row, *, settings: DataSettings) -> None:
+    def _add(self, row: Row, *, settings: DataSettings) -> Example | None:
         self.by_file[row.origin.file] += 1
         self.columns.update(map(_value, row.value))
         self.licences.update(_value(v) for name, v in row.value.items() if v and name.lower() in LICENCE_COLUMNS)
         example = examine(row, settings=settings)
         if isinstance(example, Problem):
-            return
+            return None
         self.forms[example.form] += 1
         self.used.update(_value(column) for column in row.value if column not in example.columns)
-        masker = Masker()
-        _turns(example, masker)
-        self.private_rows += bool(masker.sorts)
-        self.sorts.update(masker.sorts)
+        return example
 
 
 def _value(value: object) -> str:
@@ -321,7 +328,7 @@ def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     return bins
 
 
-def _contents(prepared: Prepared, *, numbers: bool, names: _Names) -> dict[str, Any]:
+def _contents(prepared: Prepared, *, numbers: bool, names: _Names, persons: Names | None) -> dict[str, Any]:
     """Classes or numbers, languages, and a sample."""
     classes, values, drawn = _Classes(), array("d"), _Drawn(LANGUAGE_ROWS)
     for side in SIDES:
@@ -333,7 +340,8 @@ def _contents(prepared: Prepared, *, numbers: bool, names: _Names) -> dict[str, 
             if side == "train":
                 drawn.add(example)
     rows = drawn.rows()
-    sample = [names.in_place(_shown(example)) for example in rows[:SAMPLE_ROWS]]
+    shown = with_names(rows[:SAMPLE_ROWS], names=persons)
+    sample = [names.in_place(_shown(example, persons=found)) for example, found in shown]
     return {
         "classes": classes.as_dict(),
         "numbers": _numbers(values) if values else None,
@@ -392,9 +400,9 @@ class _Drawn:
         return [self._kept[key] for key in sorted(self._kept)[: self._count]]
 
 
-def _shown(example: Example) -> dict[str, Any]:
-    """A row for the sample."""
-    masker = Masker()
+def _shown(example: Example, *, persons: tuple[str, ...]) -> dict[str, Any]:
+    """A row for the sample, in which these names stand."""
+    masker = Masker(persons)
     label = example.label
     row: dict[str, Any] = {"file": example.origin.file, "line": example.origin.line}
     row["turns"] = [turn | {"text": clip(turn["text"])} for turn in _turns(example, masker)]
@@ -422,14 +430,14 @@ def _languages(rows: list[Example]) -> dict[str, Any] | None:
 # ---- what is wrong with them -----------------------------------------------------------------------------------------
 
 
-def _findings(recipe: Recipe, *, names: _Names) -> dict[str, Any]:
+def _findings(recipe: Recipe, *, names: _Names, persons: Names | None) -> dict[str, Any]:
     """What `data check` says of the training files, by kind, with the first places; errors first."""
     data = recipe.data
     against = next((path for path in (data.test, data.validation) if isinstance(path, str)), None)
     counts: Counter[tuple[str, str]] = Counter()
     first: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path in data.train_paths:
-        report = check_data(path, against=against, recipe=recipe)
+        report = check_data(path, against=against, recipe=recipe, names=persons)
         counts.update(report.problem_counts)
         for problem in report.problems:
             found = first.setdefault((problem.kind, problem.severity), [])

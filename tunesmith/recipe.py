@@ -308,7 +308,7 @@ def _resolved(recipe: Recipe, *, folder: Path) -> Recipe:
     data = recipe.data
     train = path(data.train) if isinstance(data.train, str) else [path(p) for p in data.train]
     update: dict[str, Any] = {"train": train, "benchmarks": [path(name) for name in data.benchmarks]}
-    for key in ("validation", "test", "template", "replay", "protected"):
+    for key in ("validation", "test", "template", "replay", "protected", "names"):
         given = getattr(data, key)
         if isinstance(given, str):
             update[key] = path(given)

@@ -38,6 +38,7 @@ from tunesmith.models.base import (
 from tunesmith.models.extended import train_new_rows
 from tunesmith.models.heads import attach_head
 from tunesmith.models.load import Model, load_model
+from tunesmith.models.names import load_names
 from tunesmith.objectives.headed import Headed
 from tunesmith.recipe import Recipe
 from tunesmith.registry.index import Index
@@ -222,6 +223,7 @@ def prepare_data(
         template=template or template_of(model, recipe),
         max_tokens=recipe.data.max_tokens or min(limit, longest_unasked(model.causal.config.to_dict())),
         cache=workspace.cache,
+        names=None if recipe.data.names is None else load_names(recipe.data.names, device=device_named("auto")),
         on_rows=on_rows,
     )
 

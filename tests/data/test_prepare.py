@@ -1,6 +1,7 @@
 """Preparation: every row ends in one counted state, the cache is never stale, and what is held out stays out."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from tunesmith.data.curate.names import Names
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.template import ChatTemplate
@@ -48,6 +50,7 @@ def make(tmp_path: Path, template: ChatTemplate) -> Make:
     def make(rows: list[Any] | str, **given: Any) -> Prepared:
         how = {"objective": Instruction(), "template": template, "max_tokens": 128, "cache": tmp_path / "cache"}
         how |= {name: given.pop(name) for name in list(given) if name in how or name == "on_rows"}
+        how["names"] = given.pop("finder", None)
         train = rows if isinstance(rows, str) else write(tmp_path / "train.jsonl", rows)
         return prepare(DataSettings(**{"train": train, "validation": None} | given), **how)
 
@@ -355,6 +358,45 @@ def test_personal_data_is_kept_masked_or_dropped_and_counted(make, treated):
         written = b"".join(path.read_bytes() for path in prepared.folder.rglob("*") if path.is_file())
         assert b"jane" not in written
         assert b"555-0199" not in written
+
+
+def capitals(texts: list[str]) -> list[list[tuple[int, int]]]:
+    """Finds words in capitals."""
+    return [[match.span() for match in re.finditer(r"[A-Z]{2,}", text)] for text in texts]
+
+
+@pytest.mark.parametrize("treated", ["mask", "drop"])
+def test_names_are_masked_or_dropped_where_a_model_finds_them(make, treated):
+    rows = [row("Who is ANNA?", "Ask ANNA or OLGA"), row("What colour?"), row("Why?", "a@example.com")] * 200
+    rows += ["{broken", row("Is it OLGA?")]
+    names = Names(capitals, files=["tagger/config.json 1"])
+    given = {"names": "tagger", "personal": treated, "bad_rows": "drop"}
+    prepared = make(rows, finder=names, **given)
+    kept = {(e.messages[0].content, e.messages[1].content) for e in prepared.examples("train")}
+    masked = {("Who is [NAME_1]?", "Ask [NAME_1] or [NAME_2]"), ("Why?", "[EMAIL_1]"), ("Is it [NAME_1]?", "red")}
+    assert kept == {("What colour?", "red")} | (masked if treated == "mask" else set())
+    assert states(prepared)["trained"] == (601 if treated == "mask" else 200)
+    assert prepared.ledger["masked"] == (401 if treated == "mask" else 0)
+    assert prepared.files["names"] == names.files
+    written = b"".join(path.read_bytes() for path in prepared.folder.rglob("*.jsonl"))
+    assert not re.search(rb"ANNA|OLGA", written)
+    assert make(rows, finder=names, **given).folder == prepared.folder
+    other = make(rows, finder=Names(capitals, files=["tagger/config.json 2"]), **given)
+    assert other.folder != prepared.folder
+
+
+def test_classes_are_not_taken_from_rows_that_are_dropped_for_a_name(make):
+    rows = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(6)] + [{"text": "of ANNA", "label": "c"}]
+    found = make(
+        rows,
+        names="tagger",
+        personal="drop",
+        finder=Names(capitals, files=[]),
+        objective=Classification(pooling="mean"),
+        duplicates="drop",
+        leave_out=["near_duplicate"],
+    )
+    assert found.objective["labels"] == ["a", "b"]
 
 
 def test_general_rows_are_trained_on_with_the_weight_of_a_row_and_counted(make, tmp_path):

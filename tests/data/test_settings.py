@@ -45,6 +45,7 @@ def test_mapped_form(mapping, form):
         ({"train": ["a", "a"]}, "'a' twice"),
         ({"test": "a"}, "also trained on"),
         ({"test": "b", "validation": "b"}, "both 'b'"),
+        ({"names": "tagger"}, "`names` has no effect where `personal` is keep"),
         ({"mapping": {"prompt": "q"}}, "`prompt` and `completion` together"),
         ({"mapping": {"answer": "q"}}, "'answer'"),
         ({"mapping": {"prompt": "q", "completion": " "}}, "mapping.completion"),

@@ -9,18 +9,17 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tunesmith.data.curate.checks import Chosen, choose
-from tunesmith.data.curate.difficulty import Difficulty, Score
+from tunesmith.data.curate.checks import NO_MODELS, Models, choose
+from tunesmith.data.curate.difficulty import Difficulty
 from tunesmith.data.curate.labels import Labels
+from tunesmith.data.curate.masking import Masker
 from tunesmith.data.curate.repeated import Repeated
-from tunesmith.data.curate.semantic import Embed
 from tunesmith.data.formats import detect_form, examine, label_mapping, preference_defect
 from tunesmith.data.ledger import STATES, Problem
 from tunesmith.data.settings import DataSettings
@@ -158,8 +157,7 @@ def check_file(
     count_tokens: CountTokens | None = None,
     max_tokens: int | None = None,
     only: tuple[str, ...] | None = None,
-    embed: Embed | None = None,
-    score: Score | None = None,
+    models: Models = NO_MODELS,
 ) -> CheckReport:
     """Check a file, a folder or a hub data set.
 
@@ -167,8 +165,8 @@ def check_file(
     settings: the data section of a recipe; by default everything is detected.
     count_tokens: (tokens, trained tokens) of each of a list of examples; may raise TemplateError.
     max_tokens: the longest row allowed; by default that of the settings.
-    only: the checks to run (curate/checks.py); by default all that can. embed: for rows that say the same, see semantic.py.
-    score: for how hard rows are, see difficulty.py.
+    only: the checks to run (curate/checks.py); by default all that can. models: what some of them need; no message
+    quotes a name that `models.names` finds there.
     Raises NotFoundError, and DataError for a file that cannot be read at all; what is wrong with a row is a problem.
     """
     if against is not None and _is_same_file(str(path), str(against)):
@@ -176,8 +174,8 @@ def check_file(
     settings = settings or DataSettings(train=str(path))
     if against is not None and only is not None and "duplicates" not in only:
         raise RecipeError("--against has no effect without the check 'duplicates'", hint="--only duplicates")
-    chosen = partial(choose, settings, only=only, embed=embed, score=score)
-    check = _Check(str(path), settings=settings, max_tokens=max_tokens or settings.max_tokens, chosen=chosen)
+    limit = max_tokens or settings.max_tokens
+    check = _Check(str(path), settings=settings, max_tokens=limit, only=only, models=models)
     if against is not None:
         check.read_other(str(against))
     check.read(count_tokens)
@@ -240,12 +238,13 @@ class _Check:
         *,
         settings: DataSettings,
         max_tokens: int | None,
-        chosen: Callable[..., Chosen],
+        only: tuple[str, ...] | None,
+        models: Models,
     ):
-        self.path, self.settings, self.max_tokens = path, settings, max_tokens
+        self.path, self.settings, self.max_tokens, self.names = path, settings, max_tokens, models.names
         self.problems: list[Problem] = []
         self.counts: Counter[tuple[str, str]] = Counter()
-        self.chosen = chosen(again=self._again)
+        self.chosen = choose(settings, again=self._again, only=only, models=models)
         self.columns: Counter[str] = Counter()
         self.states = array("B")
         self.num_tokens, self.num_targets = array("Q"), array("Q")
@@ -378,6 +377,9 @@ class _Check:
                 self.report(Problem("quality", "warning", self.path, 1, message, hint=hint))
         forms = list(self.reader.forms)
         scored = self.chosen.checks.get("difficulty")
+        if self.names is not None:
+            found = zip(self.problems, self.names.in_texts([p.message for p in self.problems]), strict=True)
+            self.problems = [replace(p, message=Masker(names).text(p.message)) for p, names in found]
         return CheckReport(
             file=self.path,
             form=forms[0] if len(forms) == 1 else "mixed" if forms else "unknown",

@@ -16,6 +16,7 @@ import numpy as np
 
 from tunesmith.data.curate.leaving import look
 from tunesmith.data.curate.masking import masked
+from tunesmith.data.curate.names import Names, with_names
 from tunesmith.data.curate.protected import files_below
 from tunesmith.data.curate.select import select
 from tunesmith.data.formats import examine
@@ -146,11 +147,13 @@ def prepare(
     template: ChatTemplate,
     max_tokens: int,
     cache: Path,
+    names: Names | None = None,
     on_rows: Callable[[int], None] = lambda rows: None,
 ) -> Prepared:
     """Read, split, render and count. Raises DataError or TemplateError with file and line where rows are at fault.
 
-    `max_tokens` is the longest sequence allowed. `on_rows` is told how many rows were read so far.
+    `max_tokens` is the longest sequence allowed, `names` the model that the settings name. `on_rows` is told how many rows
+    were read so far.
     """
     sources = _sources(settings) | ({} if settings.replay is None else {"replay": [settings.replay]})
     read = {name: [file for source in found for file in resolve(source)] for name, found in sources.items()}
@@ -162,7 +165,9 @@ def prepare(
     if settings.look_up is not None and settings.look_up.documents is not None:
         documents = documents_in(Path(settings.look_up.documents))
         files["look_up"] = [f"{path} {sha256_file(path)}" for path in documents]
-    objective = objective.fitted(usable(settings))  # so that the fitted one, as a run has it, finds the same rows
+    files |= {} if names is None else {"names": names.files}
+    # Fitted first, so that the fitted one, as a run has it, finds the same rows.
+    objective = objective.fitted(usable(settings, names=names))
     what = {
         "files": files,
         "settings": settings.model_dump(mode="json", exclude=set(DESCRIBING)),
@@ -170,13 +175,13 @@ def prepare(
         "template": template.identity,
         "tokenizer": template.tokenizer.digest,
         "max_tokens": max_tokens,
-        "code": code_digest("data", "data/curate", "objectives"),
+        "code": code_digest("data", "data/curate", "objectives", *([] if names is None else ["models"])),
     }
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     folder = cache / "prepared" / digest[:32]
     if not (folder / "ledger.json").is_file():
         with new_folder(folder, replace=False) as new:
-            _Preparation(settings, objective, template, max_tokens, new, on_rows).run()
+            _Preparation(settings, objective, template, max_tokens, new, names, on_rows).run()
             (new / "files.json").write_text(json.dumps(files, indent=1), "utf-8")
     return Prepared(folder, digest)
 
@@ -198,23 +203,24 @@ def _sources(settings: DataSettings) -> dict[str, list[str]]:
     return held | {"train": settings.train_paths}
 
 
-def usable(settings: DataSettings) -> Iterator[tuple[Example, bool]]:
-    """All rows that can be read, and whether each is on the side of training."""
+def usable(settings: DataSettings, *, names: Names | None) -> Iterator[tuple[Example, bool]]:
+    """All rows that can be read, and whether each is on the side of training; `names` as `prepare`."""
     for name, sources in _sources(settings).items():
         shares = settings.shares if name == "train" else {}
-        for source in sources:
-            for row in read_rows(source, on_bad=lambda problem: None):
-                example = examine(row, settings=settings)
-                if isinstance(example, Problem):
-                    continue
-                example, num_found = _private(example, settings=settings)
-                if not (num_found and settings.personal == "drop"):
-                    yield example, name == "train" and side(example.prompt_key, shares=shares) == "train"
+        rows = (row for source in sources for row in read_rows(source, on_bad=lambda problem: None))
+        examples = (e for row in rows if isinstance(e := examine(row, settings=settings), Example))
+        for example, num_found in _private(examples, settings=settings, names=names):
+            if not (num_found and settings.personal == "drop"):
+                yield example, name == "train" and side(example.prompt_key, shares=shares) == "train"
 
 
-def _private(example: Example, *, settings: DataSettings) -> tuple[Example, int]:
-    """The row as `data.personal` wants it, and how many pieces of personal data were found; none where they are kept."""
-    return (example, 0) if settings.personal == "keep" else masked(example)
+def _private(
+    examples: Iterable[Example], *, settings: DataSettings, names: Names | None
+) -> Iterator[tuple[Example, int]]:
+    """Rows as `data.personal` wants them, and how many pieces of personal data each had; none where they are kept."""
+    assert (settings.names is None) == (names is None), "load_names finds them"
+    for example, found in with_names(examples, names=names):
+        yield (example, 0) if settings.personal == "keep" else masked(example, names=found)
 
 
 @dataclass
@@ -224,6 +230,7 @@ class _Preparation:
     template: ChatTemplate
     max_tokens: int
     folder: Path
+    names: Names | None
     on_rows: Callable[[int], None]
     ledger: Ledger = field(default_factory=Ledger)
     errors: list[Problem] = field(default_factory=list)
@@ -238,7 +245,7 @@ class _Preparation:
     missing: set[str] = field(default_factory=set)  # columns to keep that no row had so far
 
     def run(self) -> None:
-        found = look(lambda: usable(self.settings), settings=self.settings)
+        found = look(lambda: usable(self.settings, names=self.names), settings=self.settings)
         self.ledger.findings, self.left_out = found.counts, found.left_out
         self.missing.update(self.settings.keep_columns)
         if self.settings.select is not None:
@@ -275,9 +282,8 @@ class _Preparation:
 
     def _candidates(self) -> Iterator[Example]:
         """The rows that will be trained on, of those that `data.select` keeps; errors of the others come first."""
-        first = _Preparation(
-            self.settings, self.objective, self.template, self.max_tokens, self.folder, lambda rows: None
-        )
+        what = (self.settings, self.objective, self.template, self.max_tokens, self.folder, self.names)
+        first = _Preparation(*what, on_rows=lambda rows: None)
         first.left_out, first.selected = self.left_out, self.selected
         for example, where, _ in first._rows():
             if where == "train":
@@ -327,19 +333,23 @@ class _Preparation:
         write_groups(store.folder, groups=groups)
 
     def _examples(self, sources: list[str], *, settings: DataSettings) -> Iterator[Example]:
+        readable = self._readable(sources, settings=settings)
+        for example, num_found in _private(readable, settings=self.settings, names=self.names):
+            if num_found and self.settings.personal == "drop":
+                self.ledger.record(example.origin, state="dropped", reason="personal_data")
+                continue
+            self.ledger.masked += bool(num_found)
+            yield example
+
+    def _readable(self, sources: list[str], *, settings: DataSettings) -> Iterator[Example]:
         for source in sources:
             for row in read_rows(source, on_bad=self._unreadable):
                 self.num_rows += 1
                 example = examine(row, settings=settings)
                 if isinstance(example, Problem):
                     self._refuse(example)
-                    continue
-                example, num_found = _private(example, settings=self.settings)
-                if num_found and self.settings.personal == "drop":
-                    self.ledger.record(example.origin, state="dropped", reason="personal_data")
-                    continue
-                self.ledger.masked += bool(num_found)
-                yield example
+                else:
+                    yield example
 
     def _unreadable(self, problem: Problem) -> None:
         if problem.severity == "error":

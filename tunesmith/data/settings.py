@@ -137,6 +137,11 @@ class DataSettings(BaseModel):
         description="What to do with personal data and secrets: keep them, put a placeholder such as [EMAIL_1] in the place"
         " of each, or leave the row out.",
     )
+    names: str | None = Field(
+        default=None,
+        description="A model that tags names of persons (PER or PERSON), a folder or a hub name: `personal` then concerns"
+        " names too, as [NAME_1].",
+    )
     benchmarks: list[str] = Field(
         default_factory=list,
         description="Evaluation files whose texts should not be trained on: looked for in every row (`contamination`).",
@@ -224,6 +229,8 @@ class DataSettings(BaseModel):
             yield f"`replay` is {self.replay!r}, which holds rows of the task; give general rows"
         if self.replay is None and "replay_share" in self.model_fields_set and self.replay_share != 0.1:
             yield "`replay_share` has no effect without `replay`"
+        if self.names is not None and self.personal == "keep":
+            yield "`names` has no effect where `personal` is keep; set `personal` to mask or drop"
         if "contamination" in self.leave_out and not self.benchmarks:
             yield "`leave_out: contamination` has no effect without `benchmarks`"
         if isinstance(self.test, str) and self.test == self.validation:

@@ -163,14 +163,25 @@ class Tokenizer:
 
         The place of a word of which the tokenizer keeps nothing is (-1, -1).
         """
+        spans = []
+        for words in rows:
+            starts = itertools.accumulate((len(word) + 1 for word in words), initial=0)
+            spans.append([(start, start + len(word)) for start, word in zip(starts, words, strict=False)])
+        return self.encode_places([" ".join(words) for words in rows], words=spans)
+
+    def encode_places(
+        self, texts: list[str], *, words: list[list[tuple[int, int]]]
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """As `encode_words`, of texts with words at characters [start, stop), in order and apart."""
         found = []
-        encodings = self._plain.encode_batch([" ".join(words) for words in rows], add_special_tokens=False)
-        for words, encoding in zip(rows, encodings, strict=True):
-            starts = [0, *itertools.accumulate(len(word) + 1 for word in words)]
-            places = [(-1, -1)] * len(words)
+        encodings = self._plain.encode_batch(texts, add_special_tokens=False)
+        for spans, encoding in zip(words, encodings, strict=True):
+            starts = [start for start, _ in spans]
+            places = [(-1, -1)] * len(spans)
             for token, (start, stop) in enumerate(encoding.offsets):
-                for word in range(bisect.bisect_right(starts, start) - 1, bisect.bisect_left(starts, stop)):
-                    if start < starts[word] + len(words[word]):  # and not only the space behind it
+                first = max(bisect.bisect_right(starts, start) - 1, 0)
+                for word in range(first, bisect.bisect_left(starts, stop)):
+                    if start < spans[word][1]:  # and not only the space behind it
                         places[word] = (places[word][0] if places[word][0] >= 0 else token, token)
             found.append((encoding.ids, places))
         return found

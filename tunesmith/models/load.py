@@ -307,13 +307,16 @@ def quiet() -> Any:
         logging.getLogger("transformers").setLevel(level)
 
 
-def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Model:
+def load_model(
+    base: "str | NewBase", *, dtype: torch.dtype = torch.float32, device: str = "cpu", tags: bool = False
+) -> Model:
     """Load `base` (or make it) with all dropout off and the one visibility rule as its attention.
 
-    On the device `meta` it has shapes and no numbers, however large it is (models/outline.py). Raises ModelError for what
-    must not or cannot be loaded, NotFoundError for what is not there.
+    On the device `meta` it has shapes and no numbers, however large it is (models/outline.py). `tags`: as transformers'
+    class that gives every token a tag, with its head. Raises ModelError for what must not or cannot be loaded,
+    NotFoundError for what is not there.
     """
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForTokenClassification
 
     from tunesmith.models import attention
 
@@ -322,8 +325,9 @@ def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, dev
     raw = read_config(path)
     tokenizer = Tokenizer.from_folder(Path(base.tokenizer) if isinstance(base, NewBase) else path.parent)
     encoder, pairs = raw["model_type"] in ENCODERS, raw["model_type"] in ENCODER_DECODERS
-    classes = AutoModel if encoder else AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM
-    plain: dict[str, Any] = {"add_pooling_layer": False} if raw["model_type"] in POOLED else {}
+    plain_class = AutoModel if encoder else AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM
+    classes = AutoModelForTokenClassification if tags else plain_class
+    plain: dict[str, Any] = {"add_pooling_layer": False} if raw["model_type"] in POOLED and not tags else {}
     with quiet():
         config = _config_without_dropout(folder, raw, path)
         if folder is not None and not any(folder.glob("*.safetensors")):
@@ -353,7 +357,8 @@ def load_model(base: "str | NewBase", *, dtype: torch.dtype = torch.float32, dev
                 ) from error
             causal, report = loaded
             prefix = f"{causal.base_model_prefix}."
-            _check_complete(report, folder, prefix=prefix, ignored=OTHER_HEADS if encoder else ())
+            ignored = ("pooler.",) if tags else OTHER_HEADS if encoder else ()
+            _check_complete(report, folder, prefix=prefix, ignored=ignored)
     causal.to(device)
     if len(causal.get_input_embeddings().weight) < tokenizer.num_tokens:
         raise ModelError(

@@ -9,6 +9,7 @@ from tunesmith.data.curate.difficulty import Difficulty, Score
 from tunesmith.data.curate.label_errors import LabelErrors
 from tunesmith.data.curate.labels import Labels
 from tunesmith.data.curate.language import Language
+from tunesmith.data.curate.names import Names
 from tunesmith.data.curate.personal import Personal
 from tunesmith.data.curate.protected import Protected
 from tunesmith.data.curate.quality import Quality
@@ -40,6 +41,18 @@ LEFT_OUT_BY = {  # for each kind that data.leave_out may name, the check that fi
 
 
 @dataclass(frozen=True)
+class Models:
+    """What models say of rows, for the checks that need one: each None where none is named."""
+
+    embed: Embed | None = None  # for rows that say the same (semantic.py)
+    score: Score | None = None  # for how hard rows are (difficulty.py)
+    names: Names | None = None  # for names among the personal data (names.py)
+
+
+NO_MODELS = Models()
+
+
+@dataclass(frozen=True)
 class Chosen:
     """The checks to run, by name, and why others do not."""
 
@@ -52,23 +65,21 @@ def choose(
     *,
     again: Again,
     only: tuple[str, ...] | None = None,
-    embed: Embed | None = None,
-    score: Score | None = None,
+    models: Models = NO_MODELS,
 ) -> Chosen:
     """All checks that can run, or those of `only`.
 
-    `settings` name the benchmarks and the protected texts; `embed` is what looks for rows that say the same, `score` what
-    scores them. Raises RecipeError where `only` names no check or one that needs what is not given, MissingExtraError for a
-    missing extra.
+    `settings` name the benchmarks and the protected texts. Raises RecipeError where `only` names no check or one that needs
+    what is not given, MissingExtraError for a missing extra.
     """
     if unknown := [name for name in only or () if name not in NAMES]:
         raise RecipeError(f"there is no check '{unknown[0]}'", hint=f"there are {', '.join(NAMES)}")
     checks: dict[str, Check] = {}
     not_run: dict[str, str] = {}
     for name in NAMES if only is None else dict.fromkeys(only):
-        why = _missing(name, settings=settings, embed=embed, score=score)
+        why = _missing(name, settings=settings, models=models)
         if why is None:
-            checks[name] = _check(name, settings=settings, again=again, embed=embed, score=score)
+            checks[name] = _check(name, settings=settings, again=again, models=models)
         elif only is None:
             not_run[name] = why
         else:
@@ -76,20 +87,22 @@ def choose(
     return Chosen(checks, not_run)
 
 
-def _missing(name: str, *, settings: DataSettings, embed: Embed | None, score: Score | None) -> str | None:
+def _missing(name: str, *, settings: DataSettings, models: Models) -> str | None:
     """What to give so that a check can run; None where it can."""
     if name in EXTRAS and importlib.util.find_spec(EXTRAS[name]) is None:
         return "pip install 'tunesmith[curate]'"
     if name == "contamination" and not settings.benchmarks:
         return "name evaluation files with --benchmark or data.benchmarks"
-    if name == "semantic" and embed is None:
+    if name == "semantic" and models.embed is None:
         return "name an encoder with --embedder"
-    if name == "difficulty" and score is None:
+    if name == "difficulty" and models.score is None:
         return "takes a pass of the base over all rows; ask for it with --only difficulty"
     return None
 
 
-def _check(name: str, *, settings: DataSettings, again: Again, embed: Embed | None, score: Score | None) -> Check:
+def _check(name: str, *, settings: DataSettings, again: Again, models: Models) -> Check:
+    if name == "personal":
+        return Personal(models.names)
     if name == "duplicates":
         return Repeated(again)
     if name == "contamination":
@@ -97,9 +110,9 @@ def _check(name: str, *, settings: DataSettings, again: Again, embed: Embed | No
     if name == "protected":
         return Protected(settings.protected)
     if name == "semantic":
-        assert embed is not None
-        return SemanticRepeats(embed)
+        assert models.embed is not None
+        return SemanticRepeats(models.embed)
     if name == "difficulty":
-        assert score is not None
-        return Difficulty(score)
+        assert models.score is not None
+        return Difficulty(models.score)
     return PLAIN[name]()

@@ -1,14 +1,18 @@
 """Rows without their personal data and secrets: a placeholder for each, the same one for the same value in a row.
 
+Names of persons are those that are given (curate/names.py); all else is found here, by its shape.
+
     Call Jane on +1-415-555-0199 or write to jane@example.com   ->   Call Jane on [PHONE_1] or write to [EMAIL_1]
 
 Values have one number a row, so an answer that repeats what the question held still does, and two rows share nothing.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from tunesmith.data.curate.personal import findings
+from tunesmith.data.curate.personal import A_NAME, findings
 from tunesmith.data.types import Example, Message
 
 PLACEHOLDERS = {
@@ -20,13 +24,17 @@ PLACEHOLDERS = {
     "an IP address": "IP",
     "an access key": "KEY",
     "a password": "PASSWORD",
+    A_NAME: "NAME",
 }
+LETTER = "[0-9A-Za-zÀ-ԯḀ-῿]"  # of scripts that set words apart: no name ends before one
 
 
 class Masker:
-    """The placeholders of one row; `num_masked` counts what was replaced."""
+    """The placeholders of one row with these names of persons; `num_masked` counts what was replaced."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+        self._names = re.compile(f"(?<!{LETTER})(?:{longest_first})(?!{LETTER})") if longest_first else None
         self._numbers: dict[str, dict[str, int]] = {}
         self.num_masked = 0
 
@@ -39,12 +47,17 @@ class Masker:
         """The text with placeholders."""
         parts, last = [], 0
         for start, end, sort in findings(text):
-            numbers = self._numbers.setdefault(sort, {})
-            number = numbers.setdefault(text[start:end], len(numbers) + 1)
-            parts += [text[last:start], f"[{PLACEHOLDERS[sort]}_{number}]"]
+            parts += [self._without_names(text[last:start]), self._placeholder(text[start:end], sort=sort)]
             last = end
-            self.num_masked += 1
-        return "".join([*parts, text[last:]])
+        return "".join([*parts, self._without_names(text[last:])])
+
+    def _without_names(self, text: str) -> str:
+        return text if self._names is None else self._names.sub(lambda m: self._placeholder(m[0], sort=A_NAME), text)
+
+    def _placeholder(self, value: str, *, sort: str) -> str:
+        numbers = self._numbers.setdefault(sort, {})
+        self.num_masked += 1
+        return f"[{PLACEHOLDERS[sort]}_{numbers.setdefault(value, len(numbers) + 1)}]"
 
     def value(self, value: Any) -> Any:
         """JSON with placeholders in its texts."""
@@ -59,9 +72,9 @@ class Masker:
         return replace(message, content=self.text(message.content), extra=self.value(message.extra))
 
 
-def masked(example: Example) -> tuple[Example, int]:
-    """The row with placeholders, and how many there are. Labels, tools and columns stay."""
-    masker = Masker()
+def masked(example: Example, *, names: Iterable[str] = ()) -> tuple[Example, int]:
+    """The row with placeholders, for these names too, and how many there are. Labels, tools and columns stay."""
+    masker = Masker(names)
     found = replace(
         example,
         messages=tuple(masker.message(message) for message in example.messages),

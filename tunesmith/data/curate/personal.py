@@ -1,7 +1,8 @@
 """Personal data and secrets: found by their shape, and by their check digits where they have some.
 
-Only the sort of a finding is named, never its value: a report must not spread what it warns of. Most text holds
-nothing of the kind, so each pattern begins with the rarest sign of its sort, and is bounded: the time is linear.
+Names have no shape, and are found where there is a model for them (curate/names.py). Only the sort of a finding is named,
+never its value: a report must not spread what it warns of. Most text holds nothing of the kind, so each pattern begins with
+the rarest sign of its sort, and is bounded: the time is linear.
 """
 
 import ipaddress
@@ -9,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from tunesmith.data.curate.names import BATCH_ROWS, Names, with_names
 from tunesmith.data.ledger import Problem
 from tunesmith.data.types import Example
 
@@ -44,25 +46,37 @@ AFTER_KEY = re.compile(r"[\w.+/=-]*")
 END_OF_KEY = re.compile(r"-----END [A-Z ]{0,30}PRIVATE KEY-----")
 MAX_KEY_CHARACTERS = 20_000
 LOCAL_ADDRESSES = {"0.0.0.0", "127.0.0.1", "255.255.255.255"}
+A_NAME = "a name"  # the sort of what has no shape
 
 
 class Personal:
-    """Tells of rows with personal data or secrets, by their sorts."""
+    """Tells of rows with personal data or secrets, by their sorts; of names, where there is a model for them."""
 
     name = "personal"
 
+    def __init__(self, names: Names | None = None):
+        self._names = names
+        self._rows: list[Example] = []
+
     def look(self, example: Example) -> Iterator[Problem]:
-        """What the row alone says."""
+        """What the row alone says, or what a batch of rows does: a model reads several at once."""
+        self._rows.append(example)
+        if self._names is None or len(self._rows) == BATCH_ROWS:
+            yield from self.finish()
+
+    def finish(self) -> Iterator[Problem]:
+        """What the last rows say."""
+        rows, self._rows = self._rows, []
+        for example, names in with_names(rows, names=self._names):
+            yield from self._problems(example, sorts=[A_NAME] if names else [])
+
+    def _problems(self, example: Example, *, sorts: list[str]) -> Iterator[Problem]:
         text = example.all_text
-        for kind, found in (("personal_data", find_personal(text)), ("secret", find_secrets(text))):
+        for kind, found in (("personal_data", [*find_personal(text), *sorts]), ("secret", find_secrets(text))):
             if found:
                 message = f"{' and '.join(found)} in the text would be learned"
                 hint = "data.personal: mask puts placeholders in their place"
                 yield Problem(kind, "warning", *example.origin, message=message, hint=hint)
-
-    def finish(self) -> Iterator[Problem]:
-        """Nothing more."""
-        yield from ()
 
 
 def find_personal(text: str) -> list[str]:
