@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from tunesmith import api, storage
+from tunesmith.checks import check_data
 from tunesmith.data.types import Message
 from tunesmith.errors import (
     DataError,
@@ -773,6 +774,25 @@ def test_a_run_trained_with_passages_is_asked_with_them(project):
         RecipeError, match="puts passages or rows before questions, and objective 'causal' answers none"
     ):
         tune(project, "data.look_up={documents: library}", "objective=causal")
+
+
+def test_rows_that_the_base_finds_hard_are_chosen_by_the_base_as_it_is(project):
+    run = tune(project, "train.max_steps=1", "data.select={keep: 6, by: difficulty}")
+    prepared = next((project / "w" / "cache" / "prepared").iterdir())
+    kept, held = (
+        {json.loads(line)[0][1] for line in (prepared / f"{side}.jsonl").read_text().splitlines()}
+        for side in ("train", "validation")
+    )
+    report = check_data(str(project / "rows.jsonl"), base=str(project / "base"), only=("difficulty",))
+    scores = {row["line"]: row["difficulty"] for row in report.scored.rows()}
+    order = sorted(
+        set(scores) - held, key=lambda line: scores[line] if scores[line] < 1 else -scores[line], reverse=True
+    )
+    assert kept == set(order[:6])
+    assert any("model.safetensors" in name for name in run.resolved["hashes"]["files"]["scorer"])
+    new = ("base={config: base/config.json, tokenizer: base}", "method=full")
+    with pytest.raises(RecipeError, match="a new base finds nothing hard or easy"):
+        tune(project, *new, "data.select={keep: 6, by: difficulty}")
 
 
 def test_a_run_trained_with_other_rows_is_asked_with_them(project):

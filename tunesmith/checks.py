@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.data.check import CheckReport, CountTokens, check_file
 from tunesmith.data.curate.checks import Models
-from tunesmith.data.curate.difficulty import Score
+from tunesmith.data.curate.difficulty import Scorer
 from tunesmith.data.curate.drift import Drift, drift_of
 from tunesmith.data.curate.names import Names
 from tunesmith.data.curate.semantic import Embed
@@ -99,7 +99,7 @@ def check_data(
         only=only,
         models=Models(
             embed=None if embedder is None else _embed(embedder),
-            score=_score(base, template=template) if "difficulty" in (only or ()) else None,
+            scorer=_scorer(base, template=template) if "difficulty" in (only or ()) else None,
             names=_names(names) if isinstance(names, str) else names,
         ),
     )
@@ -125,11 +125,11 @@ def _embed(base: str) -> Embed:
     return load_embedder(base)
 
 
-def _score(base: str, *, template: ChatTemplate) -> Score:
+def _scorer(base: str, *, template: ChatTemplate) -> Scorer:
     from tunesmith.evaluate.difficulty import scorer
     from tunesmith.models.load import load_model
 
-    return scorer(load_model(base), template=template)
+    return Scorer(scorer(load_model(base), template=template))
 
 
 def _names(base: str) -> Names:

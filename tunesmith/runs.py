@@ -5,14 +5,17 @@ import datetime
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tunesmith.data.contract import FILE as CONTRACT
 from tunesmith.data.contract import check_contract, write_contract
+from tunesmith.data.curate.checks import Models
+from tunesmith.data.curate.difficulty import Scorer
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.settings import DESCRIBING, DataSettings
 from tunesmith.data.sources import resolve
@@ -21,6 +24,7 @@ from tunesmith.data.types import Example
 from tunesmith.errors import DataError, NotFoundError, RecipeError, StorageError
 from tunesmith.evaluate.chosen import chosen
 from tunesmith.evaluate.code import CODE_METRICS
+from tunesmith.evaluate.difficulty import scorer
 from tunesmith.evaluate.judge import check_judge
 from tunesmith.evaluate.settings import RESOLVED
 from tunesmith.evaluate.swaps import check_swaps
@@ -30,6 +34,7 @@ from tunesmith.models.base import (
     ENCODER_DECODERS,
     ENCODERS,
     NewBase,
+    file_digests,
     longest_unasked,
     model_type_of,
     resolve_base,
@@ -223,9 +228,32 @@ def prepare_data(
         template=template or template_of(model, recipe),
         max_tokens=recipe.data.max_tokens or min(limit, longest_unasked(model.causal.config.to_dict())),
         cache=workspace.cache,
-        names=None if recipe.data.names is None else load_names(recipe.data.names, device=device_named("auto")),
+        models=_models(recipe),
         on_rows=on_rows,
     )
+
+
+def _models(recipe: Recipe) -> Models:
+    """The models that the data section asks; none is loaded before it is asked."""
+    select = recipe.data.select
+    return Models(
+        names=None if recipe.data.names is None else load_names(recipe.data.names, device=device_named("auto")),
+        scorer=_scorer(recipe) if select is not None and select.by == "difficulty" else None,
+    )
+
+
+def _scorer(recipe: Recipe) -> Scorer:
+    """The base as it is, whatever model the rows are prepared for."""
+    if not isinstance(recipe.base, str):
+        raise RecipeError("a new base finds nothing hard or easy", hint="choose by quality or diversity in data.select")
+
+    @cache
+    def score() -> Callable[[list[Example]], np.ndarray]:
+        base = load_model(recipe.base, device=device_named("auto"))
+        return scorer(base, template=template_of(base, recipe))
+
+    digests = file_digests(resolve_base(recipe.base))
+    return Scorer(lambda rows: score()(rows), files=tuple(f"{recipe.base}/{n} {d}" for n, d in digests.items()))
 
 
 def make_trainable(model: Model, recipe: Recipe) -> None:

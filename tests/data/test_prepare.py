@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from tunesmith.data.curate.checks import Models
 from tunesmith.data.curate.names import Names
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.settings import DataSettings
@@ -50,7 +51,7 @@ def make(tmp_path: Path, template: ChatTemplate) -> Make:
     def make(rows: list[Any] | str, **given: Any) -> Prepared:
         how = {"objective": Instruction(), "template": template, "max_tokens": 128, "cache": tmp_path / "cache"}
         how |= {name: given.pop(name) for name in list(given) if name in how or name == "on_rows"}
-        how["names"] = given.pop("finder", None)
+        how["models"] = Models(names=given.pop("finder", None))
         train = rows if isinstance(rows, str) else write(tmp_path / "train.jsonl", rows)
         return prepare(DataSettings(**{"train": train, "validation": None} | given), **how)
 

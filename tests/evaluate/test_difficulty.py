@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tunesmith.checks import check_data, write_scores
-from tunesmith.data.curate.difficulty import Difficulty
+from tunesmith.data.curate.difficulty import Difficulty, Scorer
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.types import Example, Message, Origin
@@ -88,7 +88,7 @@ def test_models_that_do_not_read_from_left_to_right_are_refused(build_model, tem
 def check(scores: list[tuple[float, float]]) -> tuple[Difficulty, list[tuple[int, str]]]:
     """The check over rows with these scores: the lines it tells of."""
     waiting = iter(scores)
-    looking = Difficulty(lambda rows: np.array([next(waiting) for _ in rows]))
+    looking = Difficulty(Scorer(lambda rows: np.array([next(waiting) for _ in rows])))
     for line in range(1, len(scores) + 1):
         assert list(looking.look(row("a", "b", line=line))) == []
     return looking, [(problem.line, problem.message) for problem in looking.finish()]

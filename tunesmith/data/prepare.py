@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from tunesmith.data.curate.checks import NO_MODELS, Models
 from tunesmith.data.curate.leaving import look
 from tunesmith.data.curate.masking import masked
 from tunesmith.data.curate.names import Names, with_names
@@ -147,13 +148,13 @@ def prepare(
     template: ChatTemplate,
     max_tokens: int,
     cache: Path,
-    names: Names | None = None,
+    models: Models = NO_MODELS,
     on_rows: Callable[[int], None] = lambda rows: None,
 ) -> Prepared:
     """Read, split, render and count. Raises DataError or TemplateError with file and line where rows are at fault.
 
-    `max_tokens` is the longest sequence allowed, `names` the model that the settings name. `on_rows` is told how many rows
-    were read so far.
+    `max_tokens` is the longest sequence allowed, `models` has those that the settings ask for. `on_rows` is told how many
+    rows were read so far.
     """
     sources = _sources(settings) | ({} if settings.replay is None else {"replay": [settings.replay]})
     read = {name: [file for source in found for file in resolve(source)] for name, found in sources.items()}
@@ -165,7 +166,9 @@ def prepare(
     if settings.look_up is not None and settings.look_up.documents is not None:
         documents = documents_in(Path(settings.look_up.documents))
         files["look_up"] = [f"{path} {sha256_file(path)}" for path in documents]
+    names, scorer = models.names, models.scorer
     files |= {} if names is None else {"names": names.files}
+    files |= {} if scorer is None else {"scorer": list(scorer.files)}
     # Fitted first, so that the fitted one, as a run has it, finds the same rows.
     objective = objective.fitted(usable(settings, names=names))
     what = {
@@ -175,13 +178,13 @@ def prepare(
         "template": template.identity,
         "tokenizer": template.tokenizer.digest,
         "max_tokens": max_tokens,
-        "code": code_digest("data", "data/curate", "objectives", *([] if names is None else ["models"])),
+        "code": code_digest("data", "data/curate", "objectives", *([] if models == NO_MODELS else ["models"])),
     }
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     folder = cache / "prepared" / digest[:32]
     if not (folder / "ledger.json").is_file():
         with new_folder(folder, replace=False) as new:
-            _Preparation(settings, objective, template, max_tokens, new, names, on_rows).run()
+            _Preparation(settings, objective, template, max_tokens, new, models, on_rows).run()
             (new / "files.json").write_text(json.dumps(files, indent=1), "utf-8")
     return Prepared(folder, digest)
 
@@ -230,7 +233,7 @@ class _Preparation:
     template: ChatTemplate
     max_tokens: int
     folder: Path
-    names: Names | None
+    models: Models
     on_rows: Callable[[int], None]
     ledger: Ledger = field(default_factory=Ledger)
     errors: list[Problem] = field(default_factory=list)
@@ -245,11 +248,11 @@ class _Preparation:
     missing: set[str] = field(default_factory=set)  # columns to keep that no row had so far
 
     def run(self) -> None:
-        found = look(lambda: usable(self.settings, names=self.names), settings=self.settings)
+        found = look(lambda: usable(self.settings, names=self.models.names), settings=self.settings)
         self.ledger.findings, self.left_out = found.counts, found.left_out
         self.missing.update(self.settings.keep_columns)
         if self.settings.select is not None:
-            self.selected = select(self._candidates(), settings=self.settings.select)
+            self.selected = select(self._candidates(), settings=self.settings.select, scorer=self.models.scorer)
         if (asked := self.settings.look_up) is not None:
             rows = self._candidates() if asked.documents is None else iter(())
             self.looked_up = LookedUp(asked, rows=rows, plain=self.template.plain, fits=self._fits)
@@ -282,7 +285,7 @@ class _Preparation:
 
     def _candidates(self) -> Iterator[Example]:
         """The rows that will be trained on, of those that `data.select` keeps; errors of the others come first."""
-        what = (self.settings, self.objective, self.template, self.max_tokens, self.folder, self.names)
+        what = (self.settings, self.objective, self.template, self.max_tokens, self.folder, self.models)
         first = _Preparation(*what, on_rows=lambda rows: None)
         first.left_out, first.selected = self.left_out, self.selected
         for example, where, _ in first._rows():
@@ -334,7 +337,7 @@ class _Preparation:
 
     def _examples(self, sources: list[str], *, settings: DataSettings) -> Iterator[Example]:
         readable = self._readable(sources, settings=settings)
-        for example, num_found in _private(readable, settings=self.settings, names=self.names):
+        for example, num_found in _private(readable, settings=self.settings, names=self.models.names):
             if num_found and self.settings.personal == "drop":
                 self.ledger.record(example.origin, state="dropped", reason="personal_data")
                 continue

@@ -23,11 +23,12 @@ class SelectSettings(BaseModel):
     keep: float = Field(
         description="How many training rows are kept: a whole number from 2, or a share between 0 and 1."
     )
-    by: Literal["random", "diversity", "quality", "quality+diversity"] = Field(
+    by: Literal["random", "diversity", "quality", "quality+diversity", "difficulty"] = Field(
         default="quality+diversity",
         description="Which rows: `diversity`, those that all rows are near to by their words; `quality`, those whose"
-        " answer is no refusal, not cut off, without repetition, in the usual script and of a usual length; both; or"
-        " `random` ones. Each class keeps its share of the rows, and one at least.",
+        " answer is no refusal, not cut off, without repetition, in the usual script and of a usual length; both;"
+        " `difficulty`, those that the base finds hard though their question helps it; or `random` ones. Each class keeps"
+        " its share of the rows, and one at least.",
     )
 
     @field_validator("keep", mode="before")

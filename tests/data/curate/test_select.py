@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
+from tunesmith.data.curate.difficulty import SCORED_ROWS, Scorer
 from tunesmith.data.curate.select import facility_location, quality_scores, select
 from tunesmith.data.curate.words import tfidf, word_counts, words_of
 from tunesmith.data.settings import SelectSettings
@@ -246,3 +247,30 @@ def test_good_rows_are_preferred():
     rows += [asked(text, "I cannot help with that.", line=line) for line, text in enumerate(sentences(40), start=41)]
     origins = select(iter(rows), settings=SelectSettings(keep=20))
     assert max(origin.line for origin in origins) <= 40
+
+
+# --------------------------------------------------------------------------------------------------- difficulty
+
+
+def test_the_hardest_rows_that_their_question_helps_are_chosen_and_those_without_a_score_come_last():
+    count = SCORED_ROWS + 40
+    generator = np.random.default_rng(0)
+    scores = np.stack([generator.uniform(1, 3, count), np.full(count, 2.0)], axis=1)  # a difficulty of 0.5 to 1.5
+    scores[:30] = np.nan
+    examples = [labelled(f"text {n}", None, line=n + 1) for n in range(count)]
+    scorer = Scorer(lambda rows: scores[[row.origin.line - 1 for row in rows]])
+
+    def kept(keep):
+        origins = select(iter(examples), settings=SelectSettings(keep=keep, by="difficulty"), scorer=scorer)
+        return {origin.line - 1 for origin in origins}
+
+    difficulty = scores[:, 0] / scores[:, 1]
+    helped = [n for n in np.argsort(-difficulty) if difficulty[n] < 1]
+    assert 50 < len(helped) < count - 90
+    assert kept(50) == set(helped[:50])
+    idle = [n for n in np.argsort(difficulty) if difficulty[n] >= 1]
+    assert kept(len(helped) + 20) == set(helped) | set(idle[:20])
+    assert kept(count - 1) >= set(helped) | set(idle)
+    scores[:] = np.nan
+    with pytest.raises(DataError, match="needs a question and an answer"):
+        kept(50)

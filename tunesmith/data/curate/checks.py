@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tunesmith.data.curate.base import Check
 from tunesmith.data.curate.contamination import Contamination
-from tunesmith.data.curate.difficulty import Difficulty, Score
+from tunesmith.data.curate.difficulty import Difficulty, Scorer
 from tunesmith.data.curate.label_errors import LabelErrors
 from tunesmith.data.curate.labels import Labels
 from tunesmith.data.curate.language import Language
@@ -45,7 +45,7 @@ class Models:
     """What models say of rows, for the checks that need one: each None where none is named."""
 
     embed: Embed | None = None  # for rows that say the same (semantic.py)
-    score: Score | None = None  # for how hard rows are (difficulty.py)
+    scorer: Scorer | None = None  # for how hard rows are (difficulty.py)
     names: Names | None = None  # for names among the personal data (names.py)
 
 
@@ -95,7 +95,7 @@ def _missing(name: str, *, settings: DataSettings, models: Models) -> str | None
         return "name evaluation files with --benchmark or data.benchmarks"
     if name == "semantic" and models.embed is None:
         return "name an encoder with --embedder"
-    if name == "difficulty" and models.score is None:
+    if name == "difficulty" and models.scorer is None:
         return "takes a pass of the base over all rows; ask for it with --only difficulty"
     return None
 
@@ -113,6 +113,6 @@ def _check(name: str, *, settings: DataSettings, again: Again, models: Models) -
         assert models.embed is not None
         return SemanticRepeats(models.embed)
     if name == "difficulty":
-        assert models.score is not None
-        return Difficulty(models.score)
+        assert models.scorer is not None
+        return Difficulty(models.scorer)
     return PLAIN[name]()

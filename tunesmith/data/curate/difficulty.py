@@ -11,6 +11,7 @@ What a small model does not see is told of too: these are scores to look at, wor
 import math
 from array import array
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,19 +23,28 @@ from tunesmith.data.types import Example
 FAR = 5.0
 SCORED_ROWS = 256
 
-Score = Callable[[list[Example]], np.ndarray]  # rows -> float64 [rows, 2]: s(A | Q) and s(A), NaN where there is none
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model that scores rows: float64 [rows, 2] of s(A | Q) and s(A), NaN where there is none.
+
+    `files` are those it is read from, each with its SHA-256.
+    """
+
+    score: Callable[[list[Example]], np.ndarray]
+    files: tuple[str, ...] = ()
 
 
 class Difficulty:
     """Scores every row with a model; needs a pass of it over all of them.
 
-    score: see evaluate/difficulty.py. Afterwards `nats_N2` holds the scores and `places` the rows they are of.
+    Afterwards `nats_N2` holds the scores and `places` the rows they are of.
     """
 
     name = "difficulty"
 
-    def __init__(self, score: Score):
-        self.score, self.places = score, Places()
+    def __init__(self, scorer: Scorer):
+        self.scorer, self.places = scorer, Places()
         self._scores = array("d")
         self._waiting: list[Example] = []
 
@@ -90,5 +100,5 @@ class Difficulty:
 
     def _score(self) -> None:
         if self._waiting:
-            self._scores.extend(self.score(self._waiting).ravel())
+            self._scores.extend(self.scorer.score(self._waiting).ravel())
             self._waiting = []

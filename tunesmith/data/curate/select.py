@@ -12,6 +12,9 @@ Cost is bounded by two samples rather than by looking at random candidates (Mirz
 vectors is slower than lazy evaluation: beyond REPRESENTED_ROWS rows, i runs over so many of them, drawn by their keys, and
 words that more than COMMON_SHARE of the rows have, and at least COMMON_ROWS, say nothing. All rows may be chosen.
 
+Difficulty is the instruction-following difficulty of difficulty.py: the hardest rows below 1, beyond which the question does
+not help to tell the answer (Li et al. 2024, section 2.2).
+
 Classes keep their shares: each has its part of `keep`, rounded, and one row at least, chosen by its own F. The shares are
 what a classifier learns as its prior, so a choice that evened them out would be wrong about rows as they come. The choice
 depends on the rows' content alone: they are taken in the order of their keys, which is as good as random and breaks ties.
@@ -27,10 +30,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tunesmith.data.curate.difficulty import SCORED_ROWS, Scorer
 from tunesmith.data.curate.duplicates import normalise, said
 from tunesmith.data.curate.quality import REFUSAL
 from tunesmith.data.curate.words import check_installed, tfidf, word_counts, words_of
@@ -72,14 +77,18 @@ class _Candidate:
     judged: _Judged
 
 
-def select(examples: Iterable[Example], *, settings: SelectSettings) -> set[Origin]:
+def select(examples: Iterable[Example], *, settings: SelectSettings, scorer: Scorer | None = None) -> set[Origin]:
     """Where the chosen rows stand. Rows are read one at a time; memory is about a kilobyte a row of 50 words.
 
-    Raises DataError where there is nothing to choose (as many rows are to be kept as there are, or fewer than there are
-    classes), MissingExtraError where scikit-learn is needed and missing.
+    `scorer` is needed by `difficulty`. Raises DataError where there is nothing to choose (as many rows are to be kept as
+    there are, or fewer than there are classes) or to score, MissingExtraError where scikit-learn is needed and missing.
     """
     candidates: list[_Candidate] = []
     vectors_NF = None
+    hardness: list[float] = []
+    if settings.by == "difficulty":
+        assert scorer is not None, "runs.py gives one"
+        examples = _scored(examples, scorer=scorer, noted=hardness)
     if "diversity" in settings.by:
         check_installed(f"data.select.by: {settings.by}")
         vectors_NF = word_counts(_texts(examples, noted=candidates))
@@ -93,10 +102,16 @@ def select(examples: Iterable[Example], *, settings: SelectSettings) -> set[Orig
             " would be left out",
             hint="keep fewer, or leave data.select out",
         )
+    if hardness and not any(map(math.isfinite, hardness)):
+        raise DataError(
+            "data.select.by: difficulty needs a question and an answer, and no row has both",
+            hint="choose by quality or diversity",
+        )
     order = sorted(range(len(candidates)), key=lambda row: (candidates[row].key, candidates[row].origin))
     candidates = [candidates[row] for row in order]
     by_quality = "quality" in settings.by
     quality_N = _scores([c.judged for c in candidates]) if by_quality else np.ones(len(candidates))
+    quality_N = np.array(hardness)[order] if hardness else quality_N
     if vectors_NF is not None:
         vectors_NF = tfidf(vectors_NF[order], most_rows=max(int(COMMON_SHARE * len(order)), COMMON_ROWS))
     chosen: set[Origin] = set()
@@ -114,6 +129,16 @@ def _texts(examples: Iterable[Example], *, noted: list[_Candidate]) -> Iterator[
     for example in examples:
         noted.append(_Candidate(example.key, example.origin, example.label, _judged(example)))
         yield "\n".join(said(example)[1:])
+
+
+def _scored(examples: Iterable[Example], *, scorer: Scorer, noted: list[float]) -> Iterator[Example]:
+    """The same rows, and how hard each is in `noted`: the larger the better, what a question does not help with last."""
+    rows = iter(examples)
+    while batch := list(islice(rows, SCORED_ROWS)):
+        behind_B, alone_B = scorer.score(batch).T
+        difficulty_B = behind_B / alone_B
+        noted += np.where(difficulty_B < 1, difficulty_B, -np.nan_to_num(difficulty_B, nan=np.inf)).tolist()
+        yield from batch
 
 
 # --------------------------------------------------------------------------------------------------- diversity
