@@ -3,6 +3,8 @@
     python benchmarks/planted_defects.py
     python benchmarks/planted_defects.py --data FOLDER     # and in published sets: FOLDER/alpaca/train.jsonl, ...
     python benchmarks/planted_defects.py --embedder ENCODER
+    python benchmarks/planted_defects.py --names TAGGER    # one is made by planted/tagger_rows.py
+    python benchmarks/planted_defects.py --base starter
     python benchmarks/planted_defects.py --table
 
 A corpus is checked in a process of its own. `found` counts the rows that the check tells of, whatever it says of them;
@@ -28,14 +30,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from _machine import code, command, machine, versions
-from planted import Planted, duplicates, overlap, personal, quality
+from planted import Planted, duplicates, names, overlap, personal, quality
 
 from tunesmith.data.curate.checks import Models, choose
-from tunesmith.data.curate.semantic import Embed
+from tunesmith.data.curate.difficulty import Scorer
 from tunesmith.data.formats import examine
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.types import Example, Origin, Row
+from tunesmith.evaluate.difficulty import scorer
+from tunesmith.models.base import template_for
 from tunesmith.models.embed import load_embedder
+from tunesmith.models.load import load_model
+from tunesmith.models.names import load_names
 
 RESULT = Path(__file__).resolve().parent / "results" / "planted_defects.json"
 
@@ -52,12 +58,35 @@ SUITES = (
     Suite(duplicates.planted),
     Suite(overlap.planted),
     Suite(personal.planted),
+    Suite(names.planted),
     Suite(quality.planted, real=quality.real),
 )
 
 
-def measure(corpus: Planted, *, embedder: str | None) -> dict[str, Any]:
-    """Check a corpus: what is found of what was planted."""
+def model_for(corpus: Planted) -> str | None:
+    """The option that names the model that the check needs for this corpus; None where it needs none."""
+    return (
+        "names"
+        if corpus.grade.startswith("names")
+        else {"semantic": "embedder", "difficulty": "base"}.get(corpus.check)
+    )
+
+
+def load(option: str | None, name: str) -> Models:
+    """What the check needs of the model of an option."""
+    if option == "embedder":
+        return Models(embed=load_embedder(name))
+    if option == "names":
+        return Models(names=load_names(name))
+    if option == "base":
+        model = load_model(name)
+        template = template_for(model.tokenizer, config=model.causal.config.to_dict())
+        return Models(scorer=Scorer(scorer(model, template=template)))
+    return Models()
+
+
+def measure(corpus: Planted, *, model: str) -> dict[str, Any]:
+    """Check a corpus: what is found of what was planted. model: the one that the check needs, if it does."""
     mapping = {"text": "text", "label": "label"} if "label" in corpus.rows[0] else {}
     with tempfile.TemporaryDirectory() as folder:
         for name, rows in corpus.files.items():
@@ -66,9 +95,9 @@ def measure(corpus: Planted, *, embedder: str | None) -> dict[str, Any]:
         given: dict[str, Any] = {"benchmarks": files} if corpus.check == "contamination" else {}
         given |= {"protected": folder} if corpus.check == "protected" and files else {}
         settings = DataSettings(train="planted", mapping=mapping, **given)
-        embed = load_embedder(embedder) if embedder is not None and corpus.check == "semantic" else None
+        models = load(model_for(corpus), model)
         started = time.process_time()
-        lines = _found(corpus, settings=settings, embed=embed)
+        lines = _found(corpus, settings=settings, models=models)
     seconds = time.process_time() - started
     right = len(lines & corpus.expected)
     return {
@@ -85,28 +114,26 @@ def measure(corpus: Planted, *, embedder: str | None) -> dict[str, Any]:
     }
 
 
-def _found(corpus: Planted, *, settings: DataSettings, embed: Embed | None) -> set[int]:
+def _found(corpus: Planted, *, settings: DataSettings, models: Models) -> set[int]:
     """The lines that the check tells of."""
     examples = []
     for line, value in enumerate(corpus.rows, start=1):
         example = examine(Row(Origin("planted", line), value), settings=settings)
         assert isinstance(example, Example), example
         examples.append(example)
-    chosen = choose(settings, again=lambda: examples, only=(corpus.check,), models=Models(embed=embed))
+    chosen = choose(settings, again=lambda: examples, only=(corpus.check,), models=models)
     check, lines = chosen.checks[corpus.check], set()
     for example in examples:
         lines |= {problem.line for problem in check.look(example)}
     return lines | {problem.line for problem in check.finish() if problem.file == "planted"}
 
 
-def corpora(folder: Path | None, *, seed: int, embedder: str | None) -> Iterator[Planted]:
-    """Every corpus; those for embeddings only where there is an encoder."""
+def corpora(folder: Path | None, *, seed: int) -> Iterator[Planted]:
+    """Every corpus, of published sets where there is a folder of them."""
     for suite in SUITES:
-        sources = [suite.planted(np.random.default_rng(seed))]
+        yield from suite.planted(np.random.default_rng(seed))
         if folder is not None and suite.real is not None:
-            sources.append(suite.real(np.random.default_rng(seed), folder=folder))
-        for source in sources:
-            yield from (corpus for corpus in source if corpus.check != "semantic" or embedder is not None)
+            yield from suite.real(np.random.default_rng(seed), folder=folder)
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -127,6 +154,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a folder with the published sets")
     parser.add_argument("--embedder", help="an encoder, for rows that say the same in other words")
+    parser.add_argument("--names", help="a model that tags persons, for names among the personal data")
+    parser.add_argument("--base", help="a language model, for answers that stand behind another's question")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="print the results that are there")
     options = parser.parse_args()
@@ -136,8 +165,12 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     results = []
     with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as pool:
-        for corpus in corpora(options.data, seed=options.seed, embedder=options.embedder):
-            results.append(pool.submit(measure, corpus, embedder=options.embedder).result())
+        for corpus in corpora(options.data, seed=options.seed):
+            option = model_for(corpus)
+            model = "" if option is None else getattr(options, option)
+            if model is None:
+                continue
+            results.append(pool.submit(measure, corpus, model=model).result())
             print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     document: dict[str, Any] = {"command": command(), "seed": options.seed, "code": code(), "machine": machine()}
     document["machine"]["versions"] |= versions(("scikit-learn", "py3langid"))

@@ -1,5 +1,6 @@
 """The data card: its numbers are the ledger's, rows stay text, and nobody's data stands in it."""
 
+import contextlib
 import html.parser
 import json
 import re
@@ -12,7 +13,8 @@ import pytest
 import torch
 import yaml
 
-from tunesmith import cli
+from tunesmith import api, cli
+from tunesmith.checks import check_data
 from tunesmith.data.settings import DataSettings
 from tunesmith.data_card import MAX_BARS, MAX_SHOWN, SAMPLE_ROWS, histogram, write_card
 from tunesmith.errors import DataError, RecipeError, StorageError
@@ -255,6 +257,60 @@ def test_labels_and_words_hide_personal_data_too(make: Make) -> None:
     document, page = make(words, recipe={"objective": "token_classification"}, validation=None, out="b.html")
     assert document["sample"][0]["turns"] == [{"role": "text", "text": "call [PHONE_1]"}]
     assert "555" not in DIGEST.sub("", page)
+
+
+@pytest.fixture(scope="module")
+def tagger(build_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Takes words with a capital for names, after it was trained on a few."""
+    folder = tmp_path_factory.mktemp("tagger")
+    build_model("bert", dtype=torch.float32).save(folder / "base")
+    random = np.random.default_rng(2)
+    names = [f"{initial}{end}" for initial in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" for end in ("ana", "elo", "ik")]
+    plain = ["is", "it", "a", "box?", "by", "yes,", *(f"{number}:" for number in range(25))]
+    drawn = [[str(random.choice(names if random.random() < 0.3 else plain)) for _ in range(10)] for _ in range(200)]
+    tags = [["PER" if word[0].isupper() else "O" for word in words] for words in drawn]
+    write(folder / "rows.jsonl", [{"words": words, "tags": tags} for words, tags in zip(drawn, tags, strict=True)])
+    recipe = {"base": str(folder / "base"), "objective": "token_classification", "method": "full"}
+    recipe |= {"data": {"train": str(folder / "rows.jsonl"), "validation": None, "too_long": "truncate"}}
+    recipe |= {"train": {"max_steps": 80, "batch_rows": 32, "learning_rate": 0.01}}
+    (folder / "tagger.yaml").write_text(yaml.safe_dump(recipe))
+    workspace = Workspace(folder / "w")
+    return api.export(
+        api.tune(folder / "tagger.yaml", workspace=workspace), form="merged", out=folder / "out", workspace=workspace
+    )
+
+
+@pytest.mark.parametrize("personal", ["mask", "drop"])
+def test_names_are_counted_and_hidden_where_the_recipe_names_a_model(make: Make, tagger: Path, personal: str) -> None:
+    rows = [{"prompt": f"{i}: is it a box?", "completion": "yes, it is"} for i in range(20)]
+    rows += [{"prompt": f"{i}: is it by Karsten Vo?", "completion": "yes, by it"} for i in range(5)]
+    document, page = make(rows, personal=personal, names=str(tagger), validation=None)
+    shown = page + json.dumps(document, ensure_ascii=False)
+    assert "Karsten" not in shown
+    assert "Vo?" not in shown
+    assert document["personal"]["by_sort"]["a name"] == document["personal"]["rows"] == 5
+    assert document["ledger"]["masked"] == (5 if personal == "mask" else 0)
+    assert document["ledger"]["states"]["dropped"] == (0 if personal == "mask" else 5)
+    assert any("names that the model of data.names overlooks" in text for text in document["not_told"])
+    kinds = {kind["kind"]: kind["count"] for kind in document["findings"]["kinds"]}
+    assert kinds["personal_data"] == 5
+
+
+def test_data_check_reads_a_model_for_names(
+    tmp_path: Path, tagger: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"{i}: is it a box?", "completion": "yes, it is"} for i in range(20)]
+    write(tmp_path / "rows.jsonl", [*rows, {"prompt": "21: is it by Karsten Vo?", "completion": "yes"}])
+    cases: list[tuple[list[str], list[int]]] = [([], []), (["--names", str(tagger)], [21])]
+    for given, lines in cases:
+        command = ["tunesmith", "data", "check", str(tmp_path / "rows.jsonl"), "--only", "personal", "--json", *given]
+        monkeypatch.setattr("sys.argv", command)
+        with contextlib.suppress(SystemExit):
+            cli.main()
+        found = json.loads(capsys.readouterr().out)["problems"]
+        assert [problem["line"] for problem in found] == lines
+    with pytest.raises(RecipeError, match="--names has no effect without the check 'personal'"):
+        check_data(str(tmp_path / "rows.jsonl"), only=("quality",), names=str(tagger))
 
 
 def test_rows_stay_text(make: Make) -> None:

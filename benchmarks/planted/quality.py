@@ -1,7 +1,7 @@
 """Planted defects of answers, languages and labels.
 
 `planted` needs nothing but the starter's sample tickets and the words below; `real` puts the same defects into published
-sets: into the answers of Alpaca, and wrong labels into TREC and CLINC150.
+sets: into the answers of Alpaca, wrong labels into TREC and CLINC150, and answers behind another's question.
 """
 
 import json
@@ -17,6 +17,12 @@ from planted.sentences import ADDITIONS, LANGUAGES, REFUSALS, SENTENCES, SLOTS
 SAMPLE = Path(__file__).resolve().parents[2] / "tunesmith" / "starter" / "sample" / "train.jsonl"
 NUM_ROWS, PLANTED_SHARE, FLIPPED_SHARE = 400, 0.05, 0.05
 REAL_FLIPS = (("trec", "coarse"), ("trec", "fine"), ("clinc150", "label"))
+REAL_EXCHANGED = {
+    "alpaca": ("instruction", "output"),
+    "bitext_support": ("instruction", "response"),
+    "gsm8k": ("question", "answer"),
+}
+EXCHANGED_ROWS, EXCHANGED_SHARE, MOST_CHARACTERS = 600, 0.1, 2_500
 GRADES = ("easy", "medium", "hard")
 
 Pair = tuple[str, str]  # prompt, answer
@@ -40,6 +46,11 @@ def real(random: np.random.Generator, *, folder: Path) -> Iterator[Planted]:
     long = [pair for pair in pairs if len(pair[1]) > 150 and pair[1].isascii()]
     for corpus in _answers(long[:2_000], random=random):
         yield Planted(corpus.check, f"{corpus.grade}, in Alpaca", corpus.rows, corpus.expected)
+    for name, (prompt, answer) in REAL_EXCHANGED.items():
+        rows = [json.loads(line) for line in _lines(folder / name / "train.jsonl")]
+        usable = [(row[prompt], row[answer]) for row in rows if len(row[prompt]) + len(row[answer]) < MOST_CHARACTERS]
+        few = [usable[place] for place in random.permutation(len(usable))[:EXCHANGED_ROWS]]
+        yield _exchanged(f"exchanged, in {name}", few, random=random)
     for name, column in REAL_FLIPS:
         rows = [json.loads(line) for line in _lines(folder / name / "train.jsonl")]
         yield _flipped(f"random, in {name} ({column})", [(row["text"], row[column]) for row in rows], random=random)
@@ -88,6 +99,17 @@ def _plant(grade: str, pairs: list[Pair], defect: Defect, *, random: np.random.G
     changed = [defect(pair, random) if number in chosen else pair for number, pair in enumerate(pairs)]
     rows = [{"prompt": prompt, "completion": answer} for prompt, answer in changed]
     return Planted("quality", grade, rows, {number + 1 for number in chosen})
+
+
+def _exchanged(grade: str, pairs: list[Pair], *, random: np.random.Generator) -> Planted:
+    """A corpus in which every tenth pair has the answer of another of them."""
+    chosen = random.choice(len(pairs), size=round(EXCHANGED_SHARE * len(pairs)), replace=False)
+    answers = dict(zip(chosen.tolist(), np.roll(chosen, 1).tolist(), strict=True))
+    rows = [
+        {"prompt": prompt, "completion": pairs[answers.get(number, number)][1]}
+        for number, (prompt, _) in enumerate(pairs)
+    ]
+    return Planted("difficulty", grade, rows, {number + 1 for number in answers})
 
 
 def _cut_easy(pair: Pair, random: np.random.Generator) -> Pair:
