@@ -228,3 +228,14 @@ def test_what_may_stand_between_the_words_of_a_name() -> None:
     assert BETWEEN.fullmatch(text, 1, 3)
     assert not BETWEEN.fullmatch(text, 7, 9)
     assert not BETWEEN.fullmatch(text, 12, 13)
+
+
+def test_what_it_is_read_from_changes_with_the_model(names: Names, folder: Path) -> None:
+    before = load_names(str(folder)).files
+    assert before == names.files
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    after = load_names(str(folder)).files
+    assert [a.rpartition("/")[2].split()[0] for a, b in zip(after, before, strict=True) if a != b] == [weights.name]
