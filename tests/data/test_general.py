@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.data.general import PASSAGE_CHARACTERS, draw_key, drawn_keys, read_general
+from tunesmith.data.types import Example, Origin
 from tunesmith.errors import DataError
 
 
@@ -30,13 +31,9 @@ def test_questions_stay_as_they_are_and_kinds_are_not_mixed(tmp_path: Path) -> N
         read_general(str(path))
 
 
-def test_what_is_drawn_does_not_depend_on_the_order_of_the_rows(tmp_path: Path) -> None:
-    lines = [f'{{"text": "general text number {number}"}}\n' for number in range(50)]
-    for name, order in (("a", lines), ("b", lines[::-1] + lines[:5])):  # repeated rows are drawn once
-        (tmp_path / f"{name}.jsonl").write_text("".join(order))
-    found = drawn_keys(str(tmp_path / "a.jsonl"), count=7)
+def test_what_is_drawn_does_not_depend_on_the_order_of_the_rows() -> None:
+    rows = [Example(Origin("a", line), "text", text=f"general text number {line}") for line in range(50)]
+    found = drawn_keys(rows, count=7)
     assert len(found) == 7
-    assert found == drawn_keys(str(tmp_path / "b.jsonl"), count=7) < drawn_keys(str(tmp_path / "a.jsonl"), count=8)
-    assert drawn_keys(str(tmp_path / "a.jsonl"), count=99) == {
-        draw_key(e) for e in read_general(str(tmp_path / "a.jsonl"))
-    }
+    assert found == drawn_keys(rows[::-1] + rows[:5], count=7) < drawn_keys(rows, count=8)  # repeated, and drawn once
+    assert drawn_keys(rows, count=99) == {draw_key(row) for row in rows}

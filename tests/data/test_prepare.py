@@ -442,6 +442,20 @@ def test_a_general_row_that_is_too_long_is_settled_as_any_other(make, tmp_path):
     assert found.train.longest() <= 200
 
 
+def test_general_rows_are_drawn_as_they_are_trained_on(make, tmp_path):
+    """Masked rows are drawn by what is left of them, so as many as without personal data."""
+    task = [{"prompt": f"Colour of {n}?", "completion": "red"} for n in range(8)]
+    general = [{"prompt": f"Mail {n}?", "completion": f"To jane.doe{n}@example.com, {n}"} for n in range(20)]
+    path = write(tmp_path / "general.jsonl", general)
+    for personal in ("keep", "mask"):
+        found = make(task, replay=path, replay_share=0.5, personal=personal)
+        assert found.ledger["reasons"]["trained"] == {"replayed": 8}
+    general += [{"prompt": f"And {n}?", "completion": "Nothing."} for n in range(12)]
+    found = make(task, replay=write(tmp_path / "more.jsonl", general), replay_share=0.5, personal="drop")
+    assert found.ledger["reasons"]["trained"] == {"replayed": 8}  # of those that stay
+    assert found.ledger["reasons"]["dropped"] == {"personal_data": 20, "not drawn for replay": 4}
+
+
 def test_classes_are_taken_from_the_rows_that_stay(make):
     rows = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(6)] + [{"text": "me@example.com", "label": "c"}]
     for treated, labels in (("mask", ["a", "b", "c"]), ("drop", ["a", "b"])):

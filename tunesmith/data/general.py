@@ -3,13 +3,12 @@
 Texts are cut into passages, so that a long one is no more than others; questions with their answers stay as they are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import numpy as np
 
-from tunesmith.data.formats import examine, read_examples
+from tunesmith.data.formats import read_examples
 from tunesmith.data.settings import DataSettings
-from tunesmith.data.sources import read_rows
 from tunesmith.data.types import Example
 from tunesmith.errors import DataError
 
@@ -50,15 +49,7 @@ def draw_key(part: Example) -> int:
     return int(part.key[:16], 16)
 
 
-def drawn_keys(path: str, *, count: int) -> set[int]:
-    """The keys of the `count` parts of a file that are drawn: those with the smallest keys, whatever their order."""
-
-    def keys() -> Iterator[int]:
-        settings = DataSettings(train=path)
-        for row in read_rows(path, on_bad=lambda problem: None):
-            example = examine(row, settings=settings)
-            if isinstance(example, Example):
-                yield from map(draw_key, parts(example))
-
-    found = np.unique(np.fromiter(keys(), np.uint64))
-    return set(found[:count].tolist())
+def drawn_keys(rows: Iterable[Example], *, count: int) -> set[int]:
+    """The keys of the `count` parts of rows that are drawn: those with the smallest keys, whatever their order."""
+    keys = (draw_key(part) for row in rows for part in parts(row))
+    return set(np.unique(np.fromiter(keys, np.uint64))[:count].tolist())

@@ -304,8 +304,10 @@ class _Preparation:
     def _replay(self, writer: TokenWriter, *, path: str) -> None:
         """General rows among the trained ones: `replay_share` of the units, each with the weight of a unit of the task."""
         share, num_units = self.settings.replay_share, writer.num_units
-        wanted = drawn_keys(path, count=round(share / (1 - share) * num_units)) if num_units else set()
-        for row in self._examples([path], settings=DataSettings(train=path, personal=self.settings.personal)):
+        settings = DataSettings(train=path, personal=self.settings.personal, names=self.settings.names)
+        rows = (row for row, _ in usable(settings, names=self.models.names))
+        wanted = drawn_keys(rows, count=round(share / (1 - share) * num_units)) if num_units else set()
+        for row in self._examples([path], settings=settings):
             chosen = [part for part in parts(row) if draw_key(part) in wanted]
             if not chosen:
                 self.ledger.record(row.origin, state="dropped", reason="not drawn for replay")
