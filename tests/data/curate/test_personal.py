@@ -28,6 +28,7 @@ from tunesmith.data.types import Example, Message, Origin
         ("000-12-3456", "social security"),
         ("at 192.0.2.44.", "IP"),
         ("2001:db8::1 answers", "IP"),
+        ("the diversion 192.0.2.44 answers", "IP"),
     ],
 )
 def test_personal_data(text, word):
@@ -44,6 +45,7 @@ def test_personal_data(text, word):
         "DE89 3704 0044 0532 0130 01",
         "version 1.2.3.4.5 of 2024-05-06 12:30:45",
         "300.1.2.3 and 127.0.0.1",
+        "since Version 10.2.14.3, version: 9.1.0.2 or release 8.0.1.1 of v1.2.3.4",
         "std::vector<a::b> x",
         "3.14159265358979 and 1,000,000",
         "",

@@ -50,15 +50,26 @@ class Contamination:
     """Looks for the items of benchmark files in training rows.
 
     files: whatever `data.train` may name; settings: how their rows are read; of a row that this fits not, all texts are
-    taken. Raises NotFoundError and DataError as `read_rows` does. Memory is 64 bytes a word of the benchmarks at most.
+    taken. gram_words, min_containment, min_passage_words: 8, 0.3 and 40 above. Raises NotFoundError and DataError as
+    `read_rows` does. Memory is 64 bytes a word of the benchmarks at most.
     """
 
     name = "contamination"
 
-    def __init__(self, files: list[str], settings: DataSettings):
+    def __init__(
+        self,
+        files: list[str],
+        settings: DataSettings,
+        *,
+        gram_words: int = GRAM_WORDS,
+        min_containment: float = MIN_CONTAINMENT,
+        min_passage_words: int = MIN_PASSAGE_WORDS,
+    ):
+        self.gram_words, self.min_containment = gram_words, min_containment
+        self.min_passage_words = min_passage_words
         self._batches = Batches()
         self._bad: list[Problem] = []
-        self._index = Index(size=GRAM_WORDS)
+        self._index = Index(size=gram_words)
         self._items: list[Origin] = []
         self._short: dict[str, Origin] = {}
         short_rows: Counter[str] = Counter()
@@ -67,7 +78,7 @@ class Contamination:
                 found = examine(row, settings=settings)
                 texts = texts_in(row.value) if isinstance(found, Problem) else (part.text for part in parts_of(found))
                 for words in map(words_of, dict.fromkeys(texts)):
-                    if len(words) >= GRAM_WORDS:
+                    if len(words) >= gram_words:
                         self._index.add(hashed(words))
                         self._items.append(row.origin)
                     elif len(words) >= MIN_ITEM_WORDS:
@@ -113,12 +124,12 @@ class Contamination:
     def _whole(self, batch: Batch) -> Iterator[_Match]:
         """Short items that are a whole part of a row."""
         for part, words in enumerate(batch.words):
-            if MIN_ITEM_WORDS <= len(words) < GRAM_WORDS and (origin := self._short.get(" ".join(words))):
+            if MIN_ITEM_WORDS <= len(words) < self.gram_words and (origin := self._short.get(" ".join(words))):
                 yield _Match(part, origin, 1.0, 0, len(words) - 1)
 
     def _matches(self, batch: Batch) -> Iterator[_Match]:
         """The parts that hold enough of a longer item."""
-        grams_Q, part_Q, word_Q = batch.grams(size=GRAM_WORDS)
+        grams_Q, part_Q, word_Q = batch.grams(size=self.gram_words)
         query_H, entry_H = self._index.find(grams_Q)
         if not len(query_H):
             return
@@ -131,15 +142,15 @@ class Contamination:
         held_P = np.bincount(np.unique(np.stack([pair_H, entry_H]), axis=1)[0])  # a gram twice in the row counts once
         first_R, last_R = runs_of(pair_H, word_H)
         passage_P = np.zeros(len(starts_P), np.int64)
-        np.maximum.at(passage_P, pair_H[first_R], word_H[last_R] - word_H[first_R] + GRAM_WORDS)
+        np.maximum.at(passage_P, pair_H[first_R], word_H[last_R] - word_H[first_R] + self.gram_words)
         all_P = self._num_grams_T[item_H[starts_P]]
-        enough_P = held_P >= np.maximum(MIN_CONTAINMENT * all_P, np.minimum(all_P, MIN_SHARED_GRAMS))
-        for pair in np.flatnonzero(enough_P | (passage_P >= MIN_PASSAGE_WORDS)).tolist():
+        enough_P = held_P >= np.maximum(self.min_containment * all_P, np.minimum(all_P, MIN_SHARED_GRAMS))
+        for pair in np.flatnonzero(enough_P | (passage_P >= self.min_passage_words)).tolist():
             start, end = int(starts_P[pair]), int(ends_P[pair])
             yield _Match(
                 part=int(part_H[start]),
                 origin=self._items[item_H[start]],
                 share=float(held_P[pair] / all_P[pair]),
                 first=int(word_H[start]),
-                last=int(word_H[end]) + GRAM_WORDS - 1,
+                last=int(word_H[end]) + self.gram_words - 1,
             )

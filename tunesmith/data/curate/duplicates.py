@@ -26,7 +26,7 @@ GRAM = 5
 BINS, BAND = 60, 4
 NEIGHBOURS = 3  # rows of a bucket are compared with the three before them
 MIN_JACCARD = 0.8
-MIN_ESTIMATE = 0.6  # of the signatures: 60 bins err by 0.05 (one standard deviation)
+ESTIMATE_MARGIN = 0.2  # below which the signatures may put a pair: 60 bins err by 0.05 (one standard deviation)
 MIN_GRAMS = 12
 MAX_SHINGLED_CHARACTERS = 50_000
 MAX_PAIRS = 50_000
@@ -93,10 +93,13 @@ class Repeat:
 class Repeats:
     """Collects the rows of one or two files and finds the repeats among them.
 
-    With a second file, add its rows first: rows from `start()` on are the ones that are checked.
+    With a second file, add its rows first: rows from `start()` on are the ones that are checked. min_jaccard: from which
+    similarity of their character grams of `gram` bytes on two rows nearly repeat.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, min_jaccard: float = MIN_JACCARD, gram: int = GRAM) -> None:
+        self.min_jaccard, self.gram = min_jaccard, gram
+        self._min_alike = round((min_jaccard - ESTIMATE_MARGIN) * BINS)
         self.rows = np.zeros(1024, ROW)
         self.num_rows = 0
         self.first = 0
@@ -195,7 +198,7 @@ class Repeats:
             keep = (row >= self.first) & (self.rows["same"][row] != self.rows["same"][other])
             row, other = row[keep], other[keep]
             alike = (self.rows["signature"][row] == self.rows["signature"][other]).sum(axis=1)
-            keep = alike >= MIN_ESTIMATE * BINS
+            keep = alike >= self._min_alike
             noted = (alike[keep].astype(np.uint64) << np.uint64(32)) | other[keep].astype(np.uint64)
             np.maximum.at(best, ((other[keep] < self.first).astype(np.int64), row[keep]), noted)
 
@@ -209,7 +212,7 @@ class Repeats:
         grams_a, grams_b = self._grams(text_a), self._grams(text_b)
         shared = len(np.intersect1d(grams_a, grams_b, assume_unique=True))
         union = len(grams_a) + len(grams_b) - shared
-        return union > 0 and shared / union >= MIN_JACCARD and not another_fact(text_a, text_b)
+        return union > 0 and shared / union >= self.min_jaccard and not another_fact(text_a, text_b)
 
     def _checked(self, column: str) -> np.ndarray:
         return self.rows[column][self.first : self.num_rows]
@@ -222,7 +225,7 @@ class Repeats:
 
     def _grams(self, text: str) -> np.ndarray:
         """The distinct hashes of a text's 5-grams that are not too common."""
-        hashes, _ = _hash_grams([normalise(text)[:MAX_SHINGLED_CHARACTERS]])
+        hashes, _ = _hash_grams([normalise(text)[:MAX_SHINGLED_CHARACTERS]], size=self.gram)
         hashes = np.unique(hashes)
         return hashes if self._common is None else hashes[~self._common[_common_place(hashes)]]
 
@@ -231,11 +234,11 @@ class Repeats:
         if not self._texts:
             return
         if self._common is None:
-            self._common = _common_grams(*_hash_grams(self._texts), num_rows=len(self._texts))
+            self._common = _common_grams(*_hash_grams(self._texts, size=self.gram), num_rows=len(self._texts))
         rows = self.rows[self.num_rows - len(self._texts) : self.num_rows]
         for start in range(0, len(rows), HASHED_ROWS):  # few rows at a time, so that the arrays stay in the cache
             piece = rows[start : start + HASHED_ROWS]
-            hashes_G, row_G = _hash_grams(self._texts[start : start + HASHED_ROWS])
+            hashes_G, row_G = _hash_grams(self._texts[start : start + HASHED_ROWS], size=self.gram)
             kept = ~self._common[_common_place(hashes_G)]
             hashes_G, row_G = hashes_G[kept], row_G[kept]
             piece["grams"] = np.bincount(row_G, minlength=len(piece))
@@ -257,14 +260,14 @@ def another_fact(a: str, b: str) -> bool:
 # ------------------------------------------------------------------------------------------------- signatures
 
 
-def _hash_grams(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The 32-bit hashes of all 5-grams (of UTF-8 bytes) of the texts, and the text each belongs to."""
+def _hash_grams(texts: list[str], *, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The 32-bit hashes of all grams of `size` UTF-8 bytes of the texts, and the text each belongs to."""
     data = [text.encode() for text in texts]
     bytes_C = np.frombuffer(b"".join(data), np.uint8).astype(np.uint32)
-    if len(bytes_C) < GRAM:
+    if len(bytes_C) < size:
         return np.zeros(0, np.uint32), np.zeros(0, np.int64)
-    hashes_G = bytes_C[: 1 - GRAM].copy()
-    for offset in range(1, GRAM):
+    hashes_G = bytes_C[: len(bytes_C) - size + 1].copy()
+    for offset in range(1, size):
         hashes_G *= np.uint32(0x01000193)
         hashes_G += bytes_C[offset : len(hashes_G) + offset]
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
@@ -272,7 +275,7 @@ def _hash_grams(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         hashes_G *= np.uint32(factor)
     hashes_G ^= hashes_G >> np.uint32(16)
     row_C = np.repeat(np.arange(len(texts)), [len(text) for text in data])
-    inside = row_C[: len(hashes_G)] == row_C[GRAM - 1 :]
+    inside = row_C[: len(hashes_G)] == row_C[size - 1 :]
     return hashes_G[inside], row_C[: len(hashes_G)][inside]
 
 

@@ -39,11 +39,15 @@ PENALTY = 10.0  # scikit-learn's C
 
 
 class LabelErrors:
-    """Rows whose label is probably another; nothing where the answers are no labels."""
+    """Rows whose label is probably another; nothing where the answers are no labels.
+
+    reached_share, max_self_share: the bars 0.6 and 0.04 above.
+    """
 
     name = "label_errors"
 
-    def __init__(self) -> None:
+    def __init__(self, *, reached_share: float = REACHED_SHARE, max_self_share: float = MAX_SELF_SHARE) -> None:
+        self.reached_share, self.max_self_share = reached_share, max_self_share
         self._labels = Labels()
         self._places = Places()
         self._texts: list[str] = []
@@ -97,7 +101,10 @@ class LabelErrors:
         classes = np.flatnonzero(large)
         texts, label_N = [self._texts[row] for row in judged], numbers[class_N[judged]]
         probability_NK = _out_of_sample(texts, label_N=label_N, num_classes=num_classes)
-        for place, suggested in label_errors(probability_NK, label_N=label_N):
+        found = label_errors(
+            probability_NK, label_N=label_N, reached_share=self.reached_share, max_self_share=self.max_self_share
+        )
+        for place, suggested in found:
             own, other = (self._names[classes[number]] for number in (label_N[place], suggested))
             probabilities = probability_NK[place, suggested], probability_NK[place, label_N[place]]
             message = (
@@ -108,16 +115,22 @@ class LabelErrors:
             yield Problem("label_error", "warning", *origin, message=message, hint=hint)
 
 
-def label_errors(probability_NK: np.ndarray, *, label_N: np.ndarray) -> list[tuple[int, int]]:
+def label_errors(
+    probability_NK: np.ndarray,
+    *,
+    label_N: np.ndarray,
+    reached_share: float = REACHED_SHARE,
+    max_self_share: float = MAX_SELF_SHARE,
+) -> list[tuple[int, int]]:
     """(row, suggested class) off the diagonal of the confident joint, the least fitting label first."""
     rows = np.arange(len(label_N))
     num_K = np.bincount(label_N, minlength=probability_NK.shape[1])
     own_N = probability_NK[rows, label_N]
     threshold_K = np.bincount(label_N, own_N, minlength=len(num_K)) / np.maximum(num_K, 1)
-    reached_NK = probability_NK >= REACHED_SHARE * threshold_K
+    reached_NK = probability_NK >= reached_share * threshold_K
     suggested_N = np.where(reached_NK, probability_NK, -1.0).argmax(axis=1)
     share_N = own_N / np.maximum(threshold_K[label_N], 1e-9)
-    wrong = reached_NK.any(axis=1) & (suggested_N != label_N) & (share_N < MAX_SELF_SHARE)
+    wrong = reached_NK.any(axis=1) & (suggested_N != label_N) & (share_N < max_self_share)
     order = np.argsort(share_N, kind="stable")
     return [(int(row), int(suggested_N[row])) for row in order if wrong[row]]
 

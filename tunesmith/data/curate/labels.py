@@ -27,12 +27,14 @@ class _Label:
 class Labels:
     """Counts the answers of a file as long as they may be labels: few, short, and not JSON.
 
-    `certain` says that they are (the file has a label column), however few rows there are.
+    `certain` says that they are (the file has a label column), however few rows there are. max_class_share,
+    max_class_ratio: beyond which share of the rows, and how many times another class, a class is told.
     """
 
     name = "labels"
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_class_share: float = MAX_CLASS_SHARE, max_class_ratio: float = MAX_CLASS_RATIO) -> None:
+        self.max_class_share, self.max_class_ratio = max_class_share, max_class_ratio
         self.certain = False
         self.num_rows = 0
         self._labels: dict[str, _Label] = {}
@@ -103,13 +105,13 @@ class Labels:
         most = max(self._labels.values(), key=lambda label: label.num_rows)
         least = min(self._labels.values(), key=lambda label: (label.num_rows == 1, label.num_rows))
         hint = "add rows of the small classes, and compare by macro_f1"
-        if self.num_rows >= MIN_ROWS_FOR_SHARES and most.num_rows > MAX_CLASS_SHARE * self.num_rows:
+        if self.num_rows >= MIN_ROWS_FOR_SHARES and most.num_rows > self.max_class_share * self.num_rows:
             message = (
                 f"{most.num_rows / self.num_rows:.1%} of the rows have the class {most.spelling!r}: always answering it"
                 " is right as often"
             )
             yield Problem("imbalance", "warning", *most.origin, message=message, hint=hint)
-        elif 1 < least.num_rows < most.num_rows / MAX_CLASS_RATIO:
+        elif 1 < least.num_rows < most.num_rows / self.max_class_ratio:
             message = (
                 f"the class {least.spelling!r} has {least.num_rows:,} rows, {most.spelling!r} has {most.num_rows:,}:"
                 f" {most.num_rows / least.num_rows:,.0f} times as many"

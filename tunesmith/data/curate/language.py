@@ -72,11 +72,21 @@ def _identifier() -> Any:
 
 
 class Language:
-    """Rows and answers in a language that the file hardly has. Raises MissingExtraError without py3langid."""
+    """Rows and answers in a language that the file hardly has. Raises MissingExtraError without py3langid.
+
+    min_letters, min_probability: a text with less has no language; main_share: a language of more rows is the file's own.
+    """
 
     name = "language"
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        *,
+        min_letters: int = MIN_LETTERS,
+        min_probability: float = MIN_PROBABILITY,
+        main_share: float = MAIN_SHARE,
+    ) -> None:
+        self.min_letters, self.min_probability, self.main_share = min_letters, min_probability, main_share
         self._identifier = _identifier()
         self._places = Places()
         self._asked, self._answered = array("B"), array("B")  # numbers in CODES
@@ -97,12 +107,12 @@ class Language:
         num_both = sum(number for pair, number in pairs.items() if UNKNOWN not in pair)
         languages = self._counts()
         del languages[UNKNOWN]
-        least = max(MAIN_SHARE * languages.total(), MIN_MAIN_ROWS)
+        least = max(self.main_share * languages.total(), MIN_MAIN_ROWS)
         main = {number for place, (number, rows) in enumerate(languages.most_common()) if rows > least or not place}
         names = " and ".join(LANGUAGES[CODES[number]] for number in sorted(main))
         for row, pair in enumerate(zip(self._asked, self._answered, strict=True)):
             if UNKNOWN not in pair and pair[0] != pair[1]:
-                if not self._may_differ[row] and pairs[pair] <= max(MAIN_SHARE * num_both, MIN_MAIN_ROWS):
+                if not self._may_differ[row] and pairs[pair] <= max(self.main_share * num_both, MIN_MAIN_ROWS):
                     asked, answered = (LANGUAGES[CODES[number]] for number in pair)
                     message = f"the prompt is in {asked}, the answer in {answered}"
                     yield self._problem(row, message=message, hint="answer in the language of the prompt")
@@ -123,10 +133,10 @@ class Language:
     def _language(self, text: str) -> int:
         """The number of the text's language in CODES; UNKNOWN where it is short or not certain."""
         prose = NOT_PROSE.sub(" ", text[: 4 * MAX_CHARACTERS])[:MAX_CHARACTERS]
-        if sum(map(str.isalpha, prose)) < MIN_LETTERS:
+        if sum(map(str.isalpha, prose)) < self.min_letters:
             return UNKNOWN
         code, probability = self._identifier.classify(prose)
-        return CODES.index(code) if probability >= MIN_PROBABILITY else UNKNOWN
+        return CODES.index(code) if probability >= self.min_probability else UNKNOWN
 
     def _problem(self, row: int, *, message: str, hint: str) -> Problem:
         return Problem("language", "warning", *self._places[row], message=message, hint=hint)

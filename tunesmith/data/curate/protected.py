@@ -83,12 +83,14 @@ class Protected:
     """Looks for licences in rows, and for passages of the texts in a folder.
 
     folder: a folder or a file, None for the licences alone; rows of .jsonl, .csv and the like are texts of their own, any
-    other file in UTF-8 is one text. Raises NotFoundError where there is none. Memory is at most 64 bytes a word of them.
+    other file in UTF-8 is one text. min_passage_words: GRAM_WORDS at least. Raises NotFoundError where there is none.
+    Memory is at most 64 bytes a word of them.
     """
 
     name = "protected"
 
-    def __init__(self, folder: str | None):
+    def __init__(self, folder: str | None, *, min_passage_words: int = MIN_PASSAGE_WORDS):
+        self.min_passage_words = min_passage_words
         self._batches = Batches()
         self._index = Index(size=GRAM_WORDS, every_place=False)
         self._files: list[_File] = []
@@ -153,7 +155,7 @@ class Protected:
         part_H, word_H = part_Q[query_H], word_Q[query_H]
         for start, end in zip(*(bounds.tolist() for bounds in runs_of(part_H, word_H)), strict=True):
             part, first, last = int(part_H[start]), int(word_H[start]), int(word_H[end]) + GRAM_WORDS - 1
-            if last - first + 1 < MIN_PASSAGE_WORDS:
+            if last - first + 1 < self.min_passage_words:
                 continue
             # A gram is known by the first text that has it, so one passage may have grams of several.
             text = Counter(self._index.text_G[entry_H[start : end + 1]].tolist()).most_common(1)[0][0]

@@ -24,14 +24,8 @@ from tunesmith.data.curate.base import Places, answers, quoted
 from tunesmith.data.ledger import Problem
 from tunesmith.data.types import Example
 
-MAX_UNFINISHED_SHARE = 0.1  # where more answers end so, it is how the file is written
-MAX_MARKUP_SHARE = 0.1
 MIN_ROWS_FOR_LENGTHS = 50
-MAX_LENGTH_SCORE, MIN_DEVIATION = 6.0, 0.4
-MIN_ECHO_CHARACTERS, MIN_ECHO_SHARE, MIN_SHARED_WORDS_SHARE = 40, 0.7, 0.9
-MIN_REPEATED_SHARE, MIN_REPEATED_TIMES, MIN_REPEATED_CHARACTERS = 0.3, 3, 60
-MIN_REPEATED_GRAMS_SHARE, MIN_GRAMS = 0.5, 40
-MIN_LOOP_WORDS = 7
+MIN_GRAMS = 40
 MAX_LOOKED_AT_CHARACTERS = 20_000
 
 FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
@@ -91,6 +85,34 @@ TALKS_OF_MARKUP = re.compile(
 )
 
 
+@dataclass(frozen=True)
+class Bars:
+    """From where on it is a defect; benchmarks/thresholds.py measures other values.
+
+    max_unfinished_share, max_markup_share: where more answers end so, or hold markup, it is how the file is written.
+    max_length_score, min_deviation: the 6 and the 0.4 above. An echo has min_echo_characters; the shorter of prompt and
+    answer is min_echo_share of the longer, or they share min_shared_words_share of its words. Repeated are lines that stand
+    min_repeated_times and are min_repeated_share of the text and min_repeated_characters, word 5-grams of which
+    min_repeated_grams_share stood before, and a phrase that is said over min_loop_words.
+    """
+
+    max_unfinished_share: float = 0.1
+    max_markup_share: float = 0.1
+    max_length_score: float = 6.0
+    min_deviation: float = 0.4
+    min_echo_characters: int = 40
+    min_echo_share: float = 0.7
+    min_shared_words_share: float = 0.9
+    min_repeated_share: float = 0.3
+    min_repeated_times: int = 3
+    min_repeated_characters: int = 60
+    min_repeated_grams_share: float = 0.5
+    min_loop_words: int = 7
+
+
+BARS = Bars()
+
+
 @dataclass
 class _Habit:
     """What is a defect only where few rows have it: problems held back until the share of all is known."""
@@ -109,10 +131,11 @@ class Quality:
 
     name = "quality"
 
-    def __init__(self) -> None:
+    def __init__(self, bars: Bars = BARS) -> None:
+        self.bars = bars
         self._places = Places()
         self._prompt_characters, self._answer_characters = array("I"), array("I")
-        self._unfinished, self._markup = _Habit(MAX_UNFINISHED_SHARE), _Habit(MAX_MARKUP_SHARE)
+        self._unfinished, self._markup = _Habit(bars.max_unfinished_share), _Habit(bars.max_markup_share)
 
     def look(self, example: Example) -> Iterator[Problem]:
         """What the row alone says; the first finding of each sort."""
@@ -124,10 +147,11 @@ class Quality:
         texts = [message.content for message in example.messages] if plain is None else [plain]
         found = [damage for text in texts if (damage := encoding_damage(text))][:1]
         for prompt, answer in turns:
-            found += filter(None, (cut_off(answer), refusal(answer), echo(prompt, answer=answer), repetition(answer)))
+            repeated = echo(prompt, answer=answer, bars=self.bars), repetition(answer, bars=self.bars)
+            found += filter(None, (cut_off(answer), refusal(answer), *repeated))
             self._wait(prompt, answer=answer, example=example)
         if plain is not None and example.label is None:
-            found += filter(None, [repetition(plain)])
+            found += filter(None, [repetition(plain, bars=self.bars)])
         for message, hint in dict(found).items():
             yield _warning(example, message=message, hint=hint)
 
@@ -159,9 +183,9 @@ class Quality:
             return
         logarithm = np.log1p(length_N[rows])
         distance = logarithm - np.median(logarithm)
-        score = distance / max(1.4826 * float(np.median(np.abs(distance))), MIN_DEVIATION)
+        score = distance / max(1.4826 * float(np.median(np.abs(distance))), self.bars.min_deviation)
         typical = int(np.median(length_N[rows]))
-        for place in np.flatnonzero(np.abs(score) > MAX_LENGTH_SCORE).tolist():
+        for place in np.flatnonzero(np.abs(score) > self.bars.max_length_score).tolist():
             origin, length = self._places[int(rows[place])], int(length_N[rows[place]])
             long = "long" if score[place] > 0 else "short"
             message = f"the {part} is unusually {long}: {length:,} characters; the file's median is {typical:,}"
@@ -252,27 +276,27 @@ def refusal(answer: str) -> Finding | None:
     return None
 
 
-def echo(prompt: str, *, answer: str) -> Finding | None:
+def echo(prompt: str, *, answer: str, bars: Bars = BARS) -> Finding | None:
     """An answer that is a long copy of the prompt, but for a tenth of its words, or holds one and adds little."""
     short, long = sorted((prompt, answer), key=len)
-    if not max(MIN_ECHO_CHARACTERS, 0.5 * len(long)) <= len(short) <= len(long) <= MAX_LOOKED_AT_CHARACTERS:
+    if not max(bars.min_echo_characters, 0.5 * len(long)) <= len(short) <= len(long) <= MAX_LOOKED_AT_CHARACTERS:
         return None
     words, more_words = short.casefold().split(), long.casefold().split()
     num_shared = (Counter(words) & Counter(more_words)).total()
     text, more_text = (" ".join(each).rstrip(" .?!:") for each in (words, more_words))
-    nearly = num_shared >= MIN_SHARED_WORDS_SHARE * len(more_words)
-    if nearly or (text in more_text and len(text) >= MIN_ECHO_SHARE * len(more_text)):
+    nearly = num_shared >= bars.min_shared_words_share * len(more_words)
+    if nearly or (text in more_text and len(text) >= bars.min_echo_share * len(more_text)):
         return "the answer repeats the question and adds little", "write an answer, or leave the row out"
     return None
 
 
-def repetition(text: str) -> Finding | None:
+def repetition(text: str, *, bars: Bars = BARS) -> Finding | None:
     """The same words, line or sentence over and over; code and tables apart."""
     text = FENCED.sub("", text) if "```" in text else text
     text = text[:MAX_LOOKED_AT_CHARACTERS]
     words = text.split()
     hint = "shorten it to what is said once, or leave it out"
-    if loop := _loop(words):
+    if loop := _loop(words, min_words=bars.min_loop_words):
         return f"the same words come again and again: {quoted(loop)}", hint
     grams = list(zip(words, words[1:], words[2:], words[3:], words[4:], strict=False))
     repeated_share = 1 - len(set(grams)) / max(len(grams), 1)
@@ -280,23 +304,23 @@ def repetition(text: str) -> Finding | None:
     if has_spaces and (repeated_share < 0.1 or len(CODE_SIGNS.findall(text)) * 20 > len(words)):
         return None
     pieces = Counter(piece for part in PIECE_END.split(text) if len(piece := part.strip().casefold()) >= 10)
-    sizes = {piece: len(piece) * times for piece, times in pieces.items() if times >= MIN_REPEATED_TIMES}
-    if sum(sizes.values()) >= max(MIN_REPEATED_CHARACTERS, MIN_REPEATED_SHARE * len(text)):
+    sizes = {piece: len(piece) * times for piece, times in pieces.items() if times >= bars.min_repeated_times}
+    if sum(sizes.values()) >= max(bars.min_repeated_characters, bars.min_repeated_share * len(text)):
         piece = max(sizes, key=sizes.__getitem__)
         return f"a line or sentence stands {pieces[piece]} times in it: {quoted(piece)}", hint
-    if has_spaces and len(grams) >= MIN_GRAMS and repeated_share >= MIN_REPEATED_GRAMS_SHARE:
+    if has_spaces and len(grams) >= MIN_GRAMS and repeated_share >= bars.min_repeated_grams_share:
         return f"{repeated_share:.0%} of its runs of five words stand in it before", hint
     return None
 
 
-def _loop(words: list[str]) -> str:
+def _loop(words: list[str], *, min_words: int) -> str:
     """A phrase of up to three words that is said again at once, over and over; empty where there is none."""
     for period in (1, 2, 3):
         run = 0
         for place, (one, other) in enumerate(zip(words, words[period:], strict=False), start=1):
             run = run + 1 if one == other else 0
             phrase = words[place : place + period]
-            if run >= max(MIN_LOOP_WORDS, 3 * period) and all(len(word) > 1 and word[0].isalpha() for word in phrase):
+            if run >= max(min_words, 3 * period) and all(len(word) > 1 and word[0].isalpha() for word in phrase):
                 return " ".join(phrase)
     return ""
 

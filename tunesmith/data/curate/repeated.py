@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from tunesmith.data.curate.duplicates import MAX_PAIRS, Repeat, Repeats
+from tunesmith.data.curate.duplicates import GRAM, MAX_PAIRS, MIN_JACCARD, Repeat, Repeats
 from tunesmith.data.ledger import Problem
 from tunesmith.data.types import Example, Origin
 
@@ -15,15 +15,16 @@ class Repeated:
     """Looks for exact, nearly equal and contradicting rows, and for rows that stand in another file too.
 
     again: reads the rows of both files once more, for those that may be alike. The rows of the other file come first,
-    to `other`. `exact_rows` are the numbers of the checked rows that repeat an earlier one exactly.
+    to `other`. min_jaccard, gram: as `Repeats` has them. `exact_rows` are the numbers of the checked rows that repeat an
+    earlier one exactly.
     """
 
     name = "duplicates"
 
-    def __init__(self, again: Again):
+    def __init__(self, again: Again, *, min_jaccard: float = MIN_JACCARD, gram: int = GRAM):
         self.again = again
         self.exact_rows: list[int] = []
-        self._repeats = Repeats()
+        self._repeats = Repeats(min_jaccard=min_jaccard, gram=gram)
 
     def other(self, examples: Iterable[Example]) -> None:
         """Take the rows of the file to compare with, before the first of those that are checked."""

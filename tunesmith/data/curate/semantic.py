@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from tunesmith.data.curate.base import Places
 from tunesmith.data.curate.duplicates import key_of, normalise, said
 from tunesmith.data.ledger import Problem
-from tunesmith.data.types import Example, Origin
+from tunesmith.data.types import Example
 
 MIN_COSINE = 0.85
 MAX_ROWS = 200_000
@@ -43,7 +44,7 @@ class SemanticRepeats:
         self.num_left_out = 0
         self._keys: set[int] = set()
         self._texts: list[str] = []
-        self._origins: list[Origin] = []
+        self._places = Places()
         self._blocks: list[np.ndarray] = []
         self._num_embedded = 0
 
@@ -56,7 +57,7 @@ class SemanticRepeats:
             if len(self._texts) < MAX_ROWS:
                 self._keys.add(key)
                 self._texts.append(text[:MAX_CHARACTERS])
-                self._origins.append(example.origin)
+                self._places.add(example.origin)
             else:
                 self.num_left_out += 1
             if len(self._texts) - self._num_embedded == EMBEDDED_ROWS:
@@ -69,15 +70,21 @@ class SemanticRepeats:
         if self._blocks:
             for row, other, cosine in self._nearest(np.concatenate(self._blocks)):
                 if not other_facts(self._texts[row], self._texts[other]):
-                    place = self._origins[other]
+                    place = self._places[other]
                     message = (
                         f"says nearly the same as an earlier row in other words (similarity {cosine:.2f}; {place})"
                     )
                     hint = "keep both only if the variety is wanted"
-                    yield Problem("near_duplicate", "warning", *self._origins[row], message, other=place, hint=hint)
+                    yield Problem("near_duplicate", "warning", *self._places[row], message, other=place, hint=hint)
         if self.num_left_out:
             message = f"rows that say the same were looked for in the first {MAX_ROWS:,} different rows only"
-            yield Problem("quality", "warning", *self._origins[-1], message=message, hint="check a part of the file")
+            yield Problem(
+                "quality",
+                "warning",
+                *self._places[len(self._places) - 1],
+                message=message,
+                hint="check a part of the file",
+            )
 
     def _embed(self) -> None:
         texts = self._texts[self._num_embedded :]
