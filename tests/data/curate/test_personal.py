@@ -46,6 +46,7 @@ def test_personal_data(text, word):
         "version 1.2.3.4.5 of 2024-05-06 12:30:45",
         "300.1.2.3 and 127.0.0.1",
         "since Version 10.2.14.3, version: 9.1.0.2 or release 8.0.1.1 of v1.2.3.4",
+        "pectinesterase (EC 3.1.1.11), as §15.12.2.7 says",
         "std::vector<a::b> x",
         "3.14159265358979 and 1,000,000",
         "",

@@ -27,8 +27,8 @@ PHONE = re.compile(
 CARD = re.compile(r"(?<![\w.-])(?:\d[ -]?){12,18}\d(?![\w-])")
 CARD_PREFIX = re.compile(r"4(?:\d{12}|\d{15}|\d{18})|(?:5[1-5]|2[2-7])\d{14}|3[47]\d{13}|6\d{15}")
 SOCIAL_SECURITY = re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])")
-IP4 = re.compile(
-    r"(?<![\w.])(?i:(?<!\bversion )(?<!\bversion: )(?<!\bversions )(?<!\brelease )(?<!\bfirmware ))"  # four parts too
+IP4 = re.compile(  # versions, sections and numbers of enzymes have four parts too
+    r"(?<![\w.§])(?i:(?<!\bversion )(?<!\bversion: )(?<!\bversions )(?<!\brelease )(?<!\bfirmware )(?<!\bEC ))"
     r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}(?!\.?\w)"
 )
 IP6_MIDDLE = re.compile(r":[0-9A-Fa-f]{0,4}:")
