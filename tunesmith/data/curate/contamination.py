@@ -2,11 +2,12 @@
 
     contaminated  <=>  |G(item) n G(row)| >= max(0.3 |G(item)|, min(|G(item)|, 5)),   or 40 words in a row in common
 
-An item is one text of a benchmark's row (its question, its answer); G are its word 8-grams, the shortest of Brown et al.
-2020, appendix C. It is the item's share that counts, as in Lee et al. 2022, section 4, so the length of the row does not
-matter. Longer grams make the finding no surer, since a share of many must be there, and lose items with a few words
-changed. Grams that more than ten rows of the benchmarks share (instructions, templates) do not count. Items of three to
-seven words must make up a whole text of the row.
+An item is one text of a benchmark's row (its question, its answer); G are its word 8-grams, the shortest of Brown et
+al. 2020, appendix C. It is the item's share that counts, as in Lee et al. 2022, section 4, so the length of the row
+does not matter. Longer grams make the finding no surer, since a share of many must be there, and lose items with a few
+words changed; 5-grams tell of 210 training rows of CLINC150 for its test set, most of which ask something else, 8-grams
+of 29, of which 26 hold an item (benchmarks/thresholds.py). Grams that more than ten rows of the benchmarks share
+(instructions, templates) do not count. Items of three to seven words must make up a whole text of the row.
 
 Shapes: H hits, P pairs of a part of a row and an item, R runs of hits (ngrams.py), T items.
 """

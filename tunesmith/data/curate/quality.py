@@ -5,6 +5,8 @@ answers have none, so these wait for the end, and so do lengths, by the robust s
 
     z = |log(1 + length) - median| / max(1.4826 MAD, 0.4)  >  6
 
+From 4 on, nine further answers of Alpaca, LIMA and Bitext and six prompts would be told, none of them odd to a reader.
+
 Repetition is measured as in Rae et al. 2021, "Scaling Language Models: Methods, Analysis & Insights from Training
 Gopher", table A1: the characters in repeated lines and word 5-grams over all of them. Their bars are for web pages;
 answers are shorter and lists repeat words, so ours are higher, and code is left out. Memory is 16 bytes a row, besides
