@@ -8,8 +8,8 @@ item of the benchmark (10,000 items of 45 words) and 1 % a passage of the protec
 of labels they are texts of 50 words of 20 classes. `drift` compares two halves of the rows. Each check runs in a process of
 its own; making and reading the rows is not timed, but where the check reads them a second time. Seconds are processor
 seconds of one thread, the loading of libraries among them; memory is the peak of the process, of which `check_memory_bytes`
-are the check's. A million rows are extrapolated for the checks whose time is linear: seconds and the memory that the rows
-after the first thousand take, in proportion.
+are the check's, what it reads besides the rows among them; `kept_bytes_a_row` is what the process grew by from the first
+thousand rows to the last (Linux; null elsewhere). A million rows are extrapolated for the checks whose time is linear.
 """
 
 import argparse
@@ -44,7 +44,6 @@ FILES = "files"  # the role of the process that makes them
 LABELLED = ("labels", "label_errors", "drift")
 MOST_ROWS = {"label_errors": 20_000, "language": 20_000, "semantic": 200, "drift": 2 * MAX_DRIFT_ROWS}
 NOT_LINEAR = ("semantic", "label_errors", "drift")  # squares, or a part of the rows alone
-KEEP_NOTHING = ("contamination", "protected", "special_tokens", "personal", "labels")  # of a row that was looked at
 ROW_WORDS, ITEM_WORDS, NUM_ITEMS, BOOK_WORDS, NUM_CLASSES = 150, 45, 10_000, 5_000_000, 20
 BATCH_ROWS = 1_000
 MILLION = 1_000_000
@@ -53,6 +52,12 @@ MILLION = 1_000_000
 def peak_bytes() -> int:
     """Peak resident bytes of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def resident_bytes() -> int:
+    """Resident bytes of this process now; 0 where that cannot be told."""
+    path = Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) * resource.getpagesize() if path.is_file() else 0
 
 
 def conversations(num_rows: int, *, items: list[list[str]], book: list[str]) -> Iterator[dict[str, Any]]:
@@ -134,7 +139,8 @@ def measure(check: str, num_rows: int, *, folder: Path, embedder: str | None) ->
 
     for _ in islice(again(), BATCH_ROWS):  # what reading takes is not the check's
         pass
-    before, started, num_found, seconds, warm = peak_bytes(), time.process_time(), 0, 0.0, 0
+    before, started, num_found, seconds = peak_bytes(), time.process_time(), 0, 0.0
+    first_bytes = 0  # resident after the first batch
     looking = choose(settings, again=again, only=(check,), embed=embed).checks[check]
     ready_seconds, rows = time.process_time() - started, again()
     while batch := list(islice(rows, BATCH_ROWS)):
@@ -142,14 +148,16 @@ def measure(check: str, num_rows: int, *, folder: Path, embedder: str | None) ->
         for example in batch:
             num_found += sum(1 for _ in looking.look(example))
         seconds += time.process_time() - started
-        warm = warm or peak_bytes()
+        first_bytes = first_bytes or resident_bytes()
+    kept_bytes = resident_bytes() - first_bytes
     started = time.process_time()
     num_found += sum(1 for _ in looking.finish())
     measured = _shown(num_rows, num_found, ready_seconds, started - seconds, before=before)
+    measured["kept_bytes_a_row"] = (
+        round(kept_bytes / (num_rows - BATCH_ROWS)) if num_rows > BATCH_ROWS and first_bytes else None
+    )
     if check not in NOT_LINEAR:
-        kept = 0 if check in KEEP_NOTHING else measured["peak_memory_bytes"] - warm
         measured["million_rows_seconds"] = ready_seconds + measured["seconds"] * MILLION / num_rows
-        measured["million_rows_peak_bytes"] = measured["peak_memory_bytes"] + kept * max(MILLION / num_rows - 1, 0)
     return measured
 
 
@@ -169,16 +177,16 @@ def _shown(num_rows: int, num_found: int, ready_seconds: float, started: float, 
 def table(report: dict[str, Any]) -> str:
     """What was measured, as Markdown."""
     lines = [
-        "| check | rows | rows a second | before the first row | peak memory, of the check | a million rows |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| check | rows | rows a second | before the first | peak memory, of the check | kept of a row | a million rows |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for check, found in report["checks"].items():
-        million = "-"
-        if "million_rows_seconds" in found:
-            million = f"{found['million_rows_seconds']:,.0f} s, {found['million_rows_peak_bytes'] / 1e6:,.0f} MB"
+        million = f"{found['million_rows_seconds']:,.0f} s" if "million_rows_seconds" in found else "-"
+        kept = "-" if found.get("kept_bytes_a_row") is None else f"{found['kept_bytes_a_row']:,} bytes"
+        memory = f"{found['peak_memory_bytes'] / 1e6:,.0f} MB, {found['check_memory_bytes'] / 1e6:,.0f} MB"
         lines.append(
             f"| `{check}` | {found['rows']:,} | {found['rows_per_second']:,.0f} | {found['ready_seconds']:.1f} s"
-            f" | {found['peak_memory_bytes'] / 1e6:,.0f} MB, {found['check_memory_bytes'] / 1e6:,.0f} MB | {million} |"
+            f" | {memory} | {kept} | {million} |"
         )
     return "\n".join(lines)
 
