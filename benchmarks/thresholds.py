@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from _machine import code, command, machine, versions
 from planted import Planted, duplicates, overlap, quality
+from planted.sentences import LANGUAGES
 from planted.words import some_words
 
 from tunesmith.data.curate import contamination, drift, label_errors, labels, language, protected, semantic
@@ -135,11 +136,30 @@ def planted_for(check: str, *, folder: Path) -> Iterator[Corpus]:
     """The planted corpora of a check, at every grade; wrong labels in TREC too."""
     for module in (duplicates, overlap, quality):
         yield from (corpus_of(found) for found in module.planted(np.random.default_rng(0)) if found.check == check)
+    if check == "language":
+        yield corpus_of(short_texts(np.random.default_rng(0)))
     if check == "contamination":
         yield from (corpus_of(found) for found in long_items(np.random.default_rng(0)))
     if check == "label_errors":
         in_sets = quality.real(np.random.default_rng(0), folder=folder)
         yield from (corpus_of(found) for found in in_sets if "trec (coarse)" in found.grade)
+
+
+def short_texts(random: np.random.Generator) -> Planted:
+    """English pieces of 20 to 40 letters, of which every tenth is in another language."""
+    rows, expected, foreign = [], set(), [code for code in LANGUAGES if code != "en"]
+    for line in range(1, 601):
+        code = "en" if line % 10 else str(random.choice(foreign))
+        words = str(random.choice(LANGUAGES[code])).split()
+        rows.append({"text": _piece(words[int(random.integers(4)) :], num_letters=int(random.integers(20, 41)))})
+        expected |= set() if line % 10 else {line}
+    return Planted("language", "20 to 40 letters", rows, expected)
+
+
+def _piece(words: list[str], *, num_letters: int) -> str:
+    """The first words that have so many letters."""
+    letters = np.cumsum([sum(map(str.isalpha, word)) for word in words])
+    return " ".join(words[: int(np.searchsorted(letters, num_letters)) + 1])
 
 
 def long_items(random: np.random.Generator) -> Iterator[Planted]:
@@ -199,6 +219,15 @@ def clean_for(check: str, *, folder: Path) -> Iterator[Corpus]:
         for name in ("alpaca", "lima", "gsm8k", "bitext_support"):
             yield answers(name, most=1_500 if check == "language" else 600)
         if check == "language":
+            for path in (
+                folder / "lm_text" / "wikitext2.validation.txt",
+                folder / "lm_text" / "tinystories_sample.txt",
+            ):
+                words = path.read_text("utf-8").split()
+                starts = random.integers(len(words) - 20, size=8_000).tolist()
+                pieces = [_piece(words[start : start + 20], num_letters=30) for start in starts]
+                source = Planted(check, f"pieces of {path.stem}", [{"text": piece} for piece in pieces], set())
+                yield corpus_of(source)
             yield texts("clinc150", label="label", most=3_000)
             yield texts("trec", label="fine", most=3_000)
     else:
