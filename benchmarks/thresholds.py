@@ -86,7 +86,7 @@ SWEEPS = (
     Sweep("contamination", "min_passage_words", contamination.MIN_PASSAGE_WORDS, (20, 30, 60)),
     Sweep("protected", "min_passage_words", protected.MIN_PASSAGE_WORDS, (15, 40), grades="1 2 3 4 5"),
     Sweep("language", "main_share", language.MAIN_SHARE, (0.01, 0.02, 0.1)),
-    Sweep("language", "min_letters", language.MIN_LETTERS, (20, 30, 60)),
+    Sweep("language", "min_letters", language.MIN_LETTERS, (20, 40, 60)),
     Sweep("language", "min_probability", language.MIN_PROBABILITY, (0.5, 0.7, 0.9)),
     *(Sweep("quality", name, asdict(BARS)[name], values, grades) for name, (grades, values) in BARS_SWEPT.items()),
     Sweep("label_errors", "reached_share", label_errors.REACHED_SHARE, (0.4, 0.5, 0.8, 1.0)),
