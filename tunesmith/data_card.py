@@ -28,7 +28,7 @@ from tunesmith.data.curate.masking import Masker
 from tunesmith.data.curate.names import Names, with_names
 from tunesmith.data.formats import examine
 from tunesmith.data.ledger import Problem
-from tunesmith.data.prepare import Prepared
+from tunesmith.data.prepared import Prepared
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources import read_rows, resolve
 from tunesmith.data.types import Example, Row

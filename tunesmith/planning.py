@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from tunesmith.data.pack import Pack
-from tunesmith.data.prepare import Prepared
+from tunesmith.data.prepared import Prepared
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokens import TokenStore
 from tunesmith.errors import ModelError, RecipeError, TunesmithError

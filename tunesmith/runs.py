@@ -16,7 +16,8 @@ from tunesmith.data.contract import FILE as CONTRACT
 from tunesmith.data.contract import check_contract, write_contract
 from tunesmith.data.curate.checks import Models
 from tunesmith.data.curate.difficulty import Scorer
-from tunesmith.data.prepare import Prepared, prepare
+from tunesmith.data.prepare import prepare
+from tunesmith.data.prepared import Prepared
 from tunesmith.data.settings import DESCRIBING, DataSettings
 from tunesmith.data.sources import resolve
 from tunesmith.data.template import ChatTemplate

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from tunesmith.data.prepare import Prepared
+from tunesmith.data.prepared import Prepared
 from tunesmith.data.template import ChatTemplate
 from tunesmith.errors import Interrupted, RecipeError, StorageError
 from tunesmith.evaluate.general import Watched

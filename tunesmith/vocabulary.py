@@ -19,7 +19,7 @@ from tunesmith.data.extend import (
     learn_tokens,
     old_pieces,
 )
-from tunesmith.data.prepare import Prepared
+from tunesmith.data.prepared import Prepared
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.types import Example

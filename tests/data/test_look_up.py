@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tunesmith.data.prepare import Prepared, prepare
+from tunesmith.data.prepare import prepare
+from tunesmith.data.prepared import Prepared
 from tunesmith.data.retrieval import look_up_passages, look_up_rows, read_passages
 from tunesmith.data.settings import DataSettings, LookUpSettings
 from tunesmith.data.template import ChatTemplate

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from tunesmith.data.curate.checks import Models
 from tunesmith.data.curate.names import Names
-from tunesmith.data.prepare import Prepared, prepare
+from tunesmith.data.prepare import prepare
+from tunesmith.data.prepared import Prepared
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenizer import Tokenizer

@@ -24,13 +24,14 @@ from tunesmith.data.formats import examine
 from tunesmith.data.general import draw_key, drawn_keys, parts
 from tunesmith.data.ledger import Ledger, Problem
 from tunesmith.data.look_up import LookedUp
+from tunesmith.data.prepared import Prepared, to_json
 from tunesmith.data.retrieval import documents_in
 from tunesmith.data.settings import DESCRIBING, DataSettings
 from tunesmith.data.sources import read_rows, resolve
 from tunesmith.data.split import is_in, side
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokens import TokenStore, TokenWriter, write_groups
-from tunesmith.data.types import CodeTests, Example, Message, Origin, Sequence
+from tunesmith.data.types import Example, Origin, Sequence
 from tunesmith.errors import DataError, TemplateError
 from tunesmith.storage import code_digest, new_folder, sha256_file
 
@@ -63,82 +64,6 @@ class Trains(Protocol):
 
     def fitted(self, examples: Iterable[tuple[Example, bool]]) -> Self:
         """With what it takes from the rows; each comes with whether it is trained on."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A prepared data set: token stores for training and validation, held-out examples, and the ledger."""
-
-    folder: Path
-    digest: str
-
-    @property
-    def train(self) -> TokenStore:
-        """Units to train on."""
-        return TokenStore(self.folder / "train")
-
-    @property
-    def validation(self) -> TokenStore | None:
-        """Units that choose the best step, or None."""
-        store = TokenStore(self.folder / "validation")
-        return store if len(store) else None
-
-    @property
-    def validation_rows(self) -> TokenStore | None:
-        """The rows behind `validation`, each alone."""
-        store = TokenStore(self.folder / "validation", grouped=False)
-        return store if len(store) else None
-
-    @property
-    def ledger(self) -> dict[str, Any]:
-        """What became of every row."""
-        return json.loads((self.folder / "ledger.json").read_text("utf-8"))
-
-    @property
-    def objective(self) -> dict[str, Any]:
-        """The objective's settings, with what it took from the rows."""
-        return json.loads((self.folder / "objective.json").read_text("utf-8"))
-
-    @property
-    def files(self) -> dict[str, list[str]]:
-        """SHA-256 of every file read, by the name the user gave."""
-        return json.loads((self.folder / "files.json").read_text("utf-8"))
-
-    def examples(self, name: str) -> Iterator[Example]:
-        """The examples of `train`, `validation` or `test`, in order."""
-        with (self.folder / f"{name}.jsonl").open("rb") as file:
-            for line in file:
-                yield _from_json(json.loads(line))
-
-    def held_out(self) -> tuple[str, list[Example]]:
-        """The rows to prove a model on: `test` where there is one, else `validation`."""
-        for name in ("test", "validation"):
-            examples = list(self.examples(name))
-            if examples:
-                return name, examples
-        return "none", []
-
-
-def _to_json(example: Example, *, columns: dict[str, Any]) -> str:
-    messages = [[m.role, m.content, m.weight, m.extra] for m in example.messages]
-    said = [example.origin, example.form, messages, example.text, example.tools]
-    value = [*said, example.words, example.label, columns, example.tests]
-    return json.dumps(value, ensure_ascii=True, default=str)
-
-
-def _from_json(value: list[Any]) -> Example:
-    origin, form, messages, text, tools, words, label, columns, tests = value
-    return Example(
-        Origin(*origin),
-        form,
-        tuple(Message(*m) for m in messages),
-        text,
-        tuple(tools),
-        tuple(words),
-        tuple(label) if isinstance(label, list) else label,
-        columns,
-        tests=None if tests is None else CodeTests(*tests),
-    )
 
 
 def prepare(
@@ -264,7 +189,7 @@ class _Preparation:
             for example, where, sequences in self._rows():
                 columns = self.settings.kept(example.columns)
                 self.missing -= columns.keys()
-                texts[where].write(_to_json(example, columns=columns) + "\n")
+                texts[where].write(to_json(example, columns=columns) + "\n")
                 if where in writers:
                     for unit in self.objective.units(sequences):
                         writers[where].add(unit, origin=example.origin)
