@@ -106,6 +106,9 @@ def test_answers_that_the_question_does_not_explain_and_unlikely_ones_are_told_o
     assert check([(2.0, 3.0)] * 10 + [(2.0, 1.6)])[1] == [
         (11, "the question makes the answer no likelier (instruction-following difficulty 1.25)")
     ]
+    assert check([(2.0, 1.9)] * 8 + [(2.0, 3.0)] * 7)[1] == [
+        (1, "the question makes the answer no likelier in 8 of 15 rows, this the first of them")
+    ]  # which says more of the base than of the rows
     summary, rows = looking.summary(), list(looking.rows())
     assert summary["rows"] == 299
     assert summary["difficulty"]["median"] == pytest.approx(np.nanmedian([a / b for a, b in usual]))

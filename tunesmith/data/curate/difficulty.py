@@ -21,6 +21,7 @@ from tunesmith.data.ledger import Problem
 from tunesmith.data.types import Example
 
 FAR = 5.0
+MAX_IDLE_SHARE = 0.5  # of the rows with a question: where more are idle, it is the base that understands none of them
 SCORED_ROWS = 256
 
 
@@ -71,6 +72,14 @@ class Difficulty:
         with np.errstate(invalid="ignore"):  # what is not known is neither
             far_N = behind_N > median + FAR * deviation if deviation else np.zeros(len(behind_N), bool)
             idle_N = behind_N >= alone_N
+        num_idle, num_asked = int(idle_N.sum()), int(np.isfinite(alone_N).sum())
+        if num_idle > MAX_IDLE_SHARE * num_asked and num_idle > 1:
+            rows = f"{num_idle:,} of {num_asked:,} rows"
+            message = f"the question makes the answer no likelier in {rows}, this the first of them"
+            hint = "the base does not see what the questions tell; score with a larger one"
+            first = self.places[int(np.flatnonzero(idle_N)[0])]
+            yield Problem("difficulty", "warning", *first, message=message, hint=hint)
+            idle_N = np.zeros(len(idle_N), bool)
         for row in np.flatnonzero(far_N | idle_N).tolist():
             if far_N[row]:
                 message = f"unlikely: perplexity {np.exp(behind_N[row]):,.0f}, and {np.exp(median):,.0f} in the middle"
