@@ -18,6 +18,7 @@ from tunesmith.evaluate.result import Evaluation
 from tunesmith.recipe import load_recipe
 from tunesmith.registry.workspace import Workspace
 from tunesmith.texts import curve_text
+from tunesmith.train.observers import Silent
 
 SHARES = [0.125, 0.25, 0.5, 1.0]
 
@@ -115,6 +116,16 @@ def test_the_runs_of_a_curve_are_nested_and_kept(
         assert dropped + point["rows"] == rows[-1]
         trained.append(json.loads((folder / "evaluation.json").read_text())["rows_sha256"])
     assert len(set(trained)) == 1
+
+
+def test_of_a_share_a_share_of_the_rows_is_selected(recipe: Path, tmp_path: Path) -> None:
+    document = learning_curve(
+        load_recipe(recipe, overrides=["data.select={keep: 16, by: quality}"]),
+        workspace=Workspace(tmp_path / "w"),
+        parts=3,
+        progress=lambda: contextlib.nullcontext(Silent()),
+    )
+    assert [point["rows"] for point in document["points"]] == [4, 8, 16]
 
 
 def test_rows_must_be_held_out(recipe: Path, tmp_path: Path) -> None:

@@ -63,8 +63,13 @@ def learning_curve(
 
 
 def _part(recipe: Recipe, *, share: float, seed: int) -> Recipe:
+    """The recipe on a share of its rows, and of those that `data.select` keeps."""
     name = recipe.name if share == 1 else f"{recipe.name}-1of{round(1 / share)}"
-    data = recipe.data.model_copy(update={"train_share": share * recipe.data.train_share})
+    update: dict[str, Any] = {"train_share": share * recipe.data.train_share}
+    select = recipe.data.select
+    if select is not None and select.keep > 1:
+        update["select"] = select.model_copy(update={"keep": max(2, round(share * select.keep))})
+    data = recipe.data.model_copy(update=update)
     return recipe.model_copy(
         update={"name": name, "data": data, "train": recipe.train.model_copy(update={"seed": seed})}
     )
