@@ -761,6 +761,8 @@ def test_a_run_trained_with_passages_is_asked_with_them(project):
     assert run.recipe.data.look_up.documents == str(project / "library")
     counts = run.resolved["hashes"]["files"]
     assert len(counts["look_up"]) == 24
+    for entry in counts["look_up"]:  # each a file and its digest; the bytes are kept
+        store.Store(Workspace(project / "w").store).verify(entry.split()[-1])
     trained = json.loads((run.path / "ledger.json").read_text())["reasons"]["trained"]
     assert trained["with passages found"] > trained.get("with other passages", 0)
     document = evaluate(project, run).document

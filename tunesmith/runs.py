@@ -18,6 +18,7 @@ from tunesmith.data.curate.checks import Models
 from tunesmith.data.curate.difficulty import Scorer
 from tunesmith.data.prepare import prepare
 from tunesmith.data.prepared import Prepared
+from tunesmith.data.retrieval import documents_in
 from tunesmith.data.settings import DESCRIBING, DataSettings
 from tunesmith.data.sources import resolve
 from tunesmith.data.template import ChatTemplate
@@ -358,11 +359,19 @@ def record_start(
         names = value if isinstance(value, list) else [value] if isinstance(value, str) else []
         paths = [path for name in names for _, path in resolve(name)]
         if paths:
-            for path in paths:
-                if index.store is not None and path.stat().st_size <= STORED_BYTES:
-                    index.store.put_file(path)
+            _keep(paths, store=index.store)
             datasets[role] = index.record_dataset(paths, rows=counts[role], form=recipe.data.form)
+    look_up = recipe.data.look_up
+    if look_up is not None and look_up.documents is not None:
+        _keep(documents_in(Path(look_up.documents)), store=index.store)
     index.start_run(folder, datasets=datasets, base=_record_base(index, recipe, model=model, parameters=parameters))
+
+
+def _keep(paths: list[Path], *, store: Store | None) -> None:
+    """Put files into the store, but for very large ones."""
+    for path in paths:
+        if store is not None and path.stat().st_size <= STORED_BYTES:
+            store.put_file(path)
 
 
 def _record_base(index: Index, recipe: Recipe, *, model: Model, parameters: int) -> str:
