@@ -40,10 +40,14 @@ class _TokenLogprobs(torch.autograd.Function):
         slope_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         for rows in _chunks(len(target_N), sum(sizes)):
             logits_CV, cap_CV = _all_logits(hidden_ND[rows], weights, biases, softcap)
-            lse_N[rows] = logits_CV.logsumexp(-1)
-            logprob_N[rows] = logits_CV.gather(1, target_N[rows, None])[:, 0] - lse_N[rows]
+            logprob_N[rows] = logits_CV.gather(1, target_N[rows, None])[:, 0]
+            most_C = logits_CV.amax(-1)
+            exponential_CV = logits_CV.sub_(most_C[:, None]).exp_()
+            total_C = exponential_CV.sum(-1)
+            lse_N[rows] = most_C + total_C.log()
+            logprob_N[rows] -= lse_N[rows]
             if slope_ND is not None:
-                slope_CV = _slope(logits_CV, lse_N[rows], target_N[rows], cap_CV)
+                slope_CV = _marked(exponential_CV.mul_(-1 / total_C[:, None]), target_N[rows], cap_CV)
                 first, *others = zip(slope_CV.split(sizes, dim=1), weights, strict=True)
                 torch.mm(first[0].to(first[1].dtype), first[1], out=slope_ND[rows])
                 for part_CV, weight in others:
@@ -66,7 +70,8 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_bias = torch.zeros_like(bias) if wants[1] else None
             for rows in _chunks(len(target_N), size) if any(wants) else ():
                 logits_CV, cap_CV = _logits(hidden_ND[rows], weight, bias, ctx.softcap)
-                slope_CV = _slope(logits_CV, lse_N[rows], target_N[rows] - start, cap_CV)
+                slope_CV = logits_CV.sub_(lse_N[rows, None]).exp_().neg_()
+                slope_CV = _marked(slope_CV, target_N[rows] - start, cap_CV)
                 slope_CV *= grad_N[rows, None]
                 if grad_bias is not None:
                     grad_bias += slope_CV.sum(0).to(grad_bias.dtype)
@@ -108,9 +113,8 @@ def _all_logits(
     return torch.cat([logits for logits, _ in blocks], dim=1), torch.cat(caps, dim=1) if caps else None
 
 
-def _slope(logits_CV: Tensor, lse_C: Tensor, target_C: Tensor, cap_CV: Tensor | None) -> Tensor:
-    """d logprob / d score: onehot - softmax, in place of the logits. A target outside the block marks nothing."""
-    slope_CV = logits_CV.sub_(lse_C[:, None]).exp_().neg_()
+def _marked(slope_CV: Tensor, target_C: Tensor, cap_CV: Tensor | None) -> Tensor:
+    """d logprob / d score = onehot - softmax, in place of - softmax. A target outside the block marks nothing."""
     last = slope_CV.shape[1] - 1
     inside_C = (target_C >= 0) & (target_C <= last)
     slope_CV.scatter_add_(1, target_C.clamp(0, last)[:, None], inside_C[:, None].to(slope_CV.dtype))
