@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from _machine import code, command, machine, versions
-from planted import Planted, duplicates, names, overlap, personal, quality
+from planted import Planted, duplicates, marks, names, overlap, personal, quality
 
 from tunesmith.data.curate.checks import Models, choose
 from tunesmith.data.curate.difficulty import Scorer
@@ -59,6 +59,7 @@ SUITES = (
     Suite(overlap.planted),
     Suite(personal.planted),
     Suite(names.planted),
+    Suite(marks.planted),
     Suite(quality.planted, real=quality.real),
 )
 
@@ -156,6 +157,7 @@ def main() -> None:
     parser.add_argument("--embedder", help="an encoder, for rows that say the same in other words")
     parser.add_argument("--names", help="a model that tags persons, for names among the personal data")
     parser.add_argument("--base", help="a language model, for answers that stand behind another's question")
+    parser.add_argument("--only", help="one check; the results of the others stay as they are")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="print the results that are there")
     options = parser.parse_args()
@@ -163,12 +165,13 @@ def main() -> None:
         print(table(json.loads(RESULT.read_text("utf-8"))["results"]))
         return
     context = multiprocessing.get_context("spawn")
-    results = []
+    before = json.loads(RESULT.read_text("utf-8"))["results"] if options.only else []
+    results = [result for result in before if result["check"] != options.only]
     with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as pool:
         for corpus in corpora(options.data, seed=options.seed):
             option = model_for(corpus)
             model = "" if option is None else getattr(options, option)
-            if model is None:
+            if model is None or options.only not in (None, corpus.check):
                 continue
             results.append(pool.submit(measure, corpus, model=model).result())
             print(json.dumps(results[-1]), file=sys.stderr, flush=True)

@@ -21,6 +21,8 @@ def problems(answers, certain=False):
         (["late"] * 9 + ["broken"], [("imbalance", 10)]),
         (["late"] * 5 + ["lost"] * 5, []),
         (["late"] * 5 + ["lost"] * 5 + ["Late"], [("label_error", 11)]),
+        (["LATE"] + ["late"] * 5 + ["Lost"] + ["lost"] * 5, [("label_error", 1), ("label_error", 7)]),
+        (["Late", "late", "late ", "late"] + ["lost"] * 8, [("label_error", 1), ("label_error", 3)]),
         ([f"answer {number}" for number in range(30)], []),
         (['{"a": 1}'] * 6, []),
         (["a long answer that goes on and on, well beyond what anybody calls a label"] * 6, []),

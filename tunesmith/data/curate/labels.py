@@ -6,7 +6,7 @@ on the words, and on whether the small class has rows enough in itself, so nothi
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tunesmith.data.curate.duplicates import normalise
 from tunesmith.data.ledger import Problem
@@ -14,7 +14,8 @@ from tunesmith.data.types import Example, Origin
 
 MAX_LABELS = 1_000
 MAX_LABEL_CHARACTERS = 64
-MAX_SPELLINGS = 1_000
+MAX_SPELLINGS = 1_000  # in all, besides the first of each label
+MAX_PLACES = 100  # of each spelling
 ROWS_A_LABEL = 3  # fewer rows a distinct answer on average, and the answers are not labels
 MIN_ROWS_FOR_RARE = 10
 MIN_ROWS_FOR_SHARES = 50
@@ -23,10 +24,32 @@ MAX_CLASS_RATIO = 50
 
 
 @dataclass
-class _Label:
-    spelling: str
-    origin: Origin
+class _Spelling:
+    """A way to write a label: how many rows have it, and where the first of them stand."""
+
+    text: str
     num_rows: int = 0
+    origins: list[Origin] = field(default_factory=list)
+
+
+@dataclass
+class _Label:
+    """A label in all its spellings; the usual one is that of most rows, of equals the first."""
+
+    spellings: dict[str, _Spelling] = field(default_factory=dict)
+    num_rows: int = 0
+
+    @property
+    def usual(self) -> _Spelling:
+        return max(self.spellings.values(), key=lambda spelling: spelling.num_rows)
+
+    @property
+    def spelling(self) -> str:
+        return self.usual.text
+
+    @property
+    def origin(self) -> Origin:
+        return self.usual.origins[0]
 
 
 class Labels:
@@ -43,7 +66,7 @@ class Labels:
         self.certain = False
         self.num_rows = 0
         self._labels: dict[str, _Label] = {}
-        self._spellings: list[tuple[str, Origin]] = []
+        self._num_spellings = 0
         self._given_up = False
 
     def look(self, example: Example) -> Iterator[Problem]:
@@ -63,12 +86,17 @@ class Labels:
         if len(answer) > MAX_LABEL_CHARACTERS or answer.lstrip()[:1] in ("{", "[") or len(self._labels) > MAX_LABELS:
             self._given_up = True
             self._labels.clear()
-            self._spellings.clear()
             return
-        label = self._labels.setdefault(normalise(answer), _Label(answer, origin))
+        label = self._labels.setdefault(normalise(answer), _Label())
         label.num_rows += 1
-        if answer != label.spelling and len(self._spellings) < MAX_SPELLINGS:
-            self._spellings.append((answer, origin))
+        if answer not in label.spellings and label.spellings:
+            self._num_spellings += 1
+            if self._num_spellings > MAX_SPELLINGS:
+                return
+        spelling = label.spellings.setdefault(answer, _Spelling(answer))
+        spelling.num_rows += 1
+        if len(spelling.origins) < MAX_PLACES:
+            spelling.origins.append(origin)
 
     @property
     def are_labels(self) -> bool:
@@ -86,12 +114,19 @@ class Labels:
         """What is odd about the labels; nothing where the answers are no labels."""
         if not self.are_labels:
             return
-        for answer, origin in self._spellings:
-            first = self._labels[normalise(answer)]
-            message = f"the label {answer!r} is written {first.spelling!r} at {first.origin}"
-            yield Problem(
-                "label_error", "warning", *origin, message=message, other=first.origin, hint="use one spelling"
-            )
+        for label in self._labels.values():
+            usual = label.usual
+            for odd in label.spellings.values():
+                message = f"the label {odd.text!r} is written {usual.text!r} at {usual.origins[0]}"
+                for origin in odd.origins if odd is not usual else ():
+                    yield Problem(
+                        "label_error",
+                        "warning",
+                        *origin,
+                        message=message,
+                        other=usual.origins[0],
+                        hint="use one spelling",
+                    )
         if len(self._labels) == 1:
             only = next(iter(self._labels.values()))
             message = (
