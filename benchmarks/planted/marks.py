@@ -9,17 +9,18 @@ from planted.words import some_words
 
 NUM_ROWS, PLANTED_SHARE = 400, 0.1
 NUM_CLASSES, ROWS_A_CLASS = 20, 15
-MARKS = {  # easy: of the commonest templates; medium: of others, and template code; hard: of models of their own kind
+MARKS = {  # easy: of the commonest templates; medium: of others, and template code; hard: of models that few use
     "easy": ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>"),
-    "medium": ("[/INST]", "<<SYS>>", "<end_of_turn>", "{% for m in messages %}", "{{ bos_token }}", "<eos>"),
-    "hard": (
-        "<|END_OF_TURN_TOKEN|>",
-        "<end_of_utterance>",
-        "[/SYSTEM_PROMPT]",
-        "<｜User｜>",
+    "medium": (
+        "[/INST]",
+        "<<SYS>>",
+        "<end_of_turn>",
+        "[TOOL_CALLS]",
         "<extra_id_0>",
-        "[gMASK]",
+        "{% for m in messages %}",
+        "{{ bos_token }}",
     ),
+    "hard": ("<|END_OF_TURN_TOKEN|>", "<｜User｜>", "<reserved_7>", "[control_8]", "<ctrl4>", "<0x0A>"),
 }
 HARMLESS = ("<b>", "[INSTALL]", "{{ name }}", "a <| b", "</div>", "[1]", "{%d}", "<s3 bucket>", "<user@example>")
 

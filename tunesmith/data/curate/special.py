@@ -9,6 +9,8 @@ from tunesmith.data.types import Example
 SPECIAL_TEXT = re.compile(
     r"<\|\w{1,40}\|>|<｜[^｜\s]{1,40}｜>"  # ChatML, GPT-2, Llama 3, DeepSeek
     r"|\[/?INST\]|<</?SYS>>|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>"  # Llama 2, Gemma
+    r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS)\]|\[gMASK\]|<[se]op>"  # Mistral, GLM
+    r"|<extra_id_\d{1,2}>|<end_of_utterance>|<fim_(?:prefix|middle|suffix)>|\[(?:CLS|SEP|MASK)\]"  # T5, StarCoder, BERT
     r"|\{%-?\s*(?:if|for|set|macro|end\w{2,8})\b|\{\{-?\s*(?:bos_token|eos_token|messages?\b)"  # jinja
 )
 SPECIAL_SIGNS = ("<", "[", "{")  # one of them begins every special text
