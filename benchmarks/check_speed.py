@@ -31,7 +31,7 @@ import numpy as np
 from _machine import code, command, machine, versions
 from planted.words import some_words
 
-from tunesmith.data.curate.checks import NAMES, choose
+from tunesmith.data.curate.checks import NAMES, Models, choose
 from tunesmith.data.curate.drift import MAX_ROWS as MAX_DRIFT_ROWS
 from tunesmith.data.curate.drift import drift_of
 from tunesmith.data.formats import examine
@@ -141,7 +141,7 @@ def measure(check: str, num_rows: int, *, folder: Path, embedder: str | None) ->
         pass
     before, started, num_found, seconds = peak_bytes(), time.process_time(), 0, 0.0
     first_bytes = 0  # resident after the first batch
-    looking = choose(settings, again=again, only=(check,), embed=embed).checks[check]
+    looking = choose(settings, again=again, only=(check,), models=Models(embed=embed)).checks[check]
     ready_seconds, rows = time.process_time() - started, again()
     while batch := list(islice(rows, BATCH_ROWS)):
         started = time.process_time()
@@ -193,7 +193,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> int:
     """Measure each check in a process of its own, and write the report."""
-    names = (*NAMES, "drift")
+    names = (*(name for name in NAMES if name != "difficulty"), "drift")  # which costs what the base costs
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--embedder", help="an encoder, for rows that say the same in other words")

@@ -44,14 +44,18 @@ def check_data(
     protected: str | None = None,
     embedder: str | None = None,
     names: str | Names | None = None,
+    scores: Path | None = None,
 ) -> CheckReport:
     """What is in `file`, what is wrong with it, what would be trained.
 
+    What the check `difficulty` says of each row is written to `scores`, a JSON object a line.
     Torch is needed alone for an `embedder`, for `names` (a model, or what was loaded of one) and for the check `difficulty`,
     whose scores are those of `base`.
     """
     if names is not None and only is not None and "personal" not in only:
         raise RecipeError("--names has no effect without the check 'personal'", hint="--only personal")
+    if scores is not None and "difficulty" not in (only or ()):
+        raise RecipeError("--scores has no effect without the check 'difficulty'", hint="--only difficulty")
     settings: DataSettings | None = None
     taken = 0  # tokens of the context that the method takes for itself
     labels: tuple[str, ...] | None = None  # whose names are answers to choose from
@@ -62,8 +66,9 @@ def check_data(
         settings, taken = loaded.data, loaded.method.num_virtual_tokens
         base = loaded.base if isinstance(loaded.base, str) else base
         names = names or settings.names
-        names = _names(names) if isinstance(names, str) else names
-        labels = _labels_in_words(loaded, names=None if settings.names is None else names)
+    persons = _names(names) if isinstance(names, str) else names
+    if recipe is not None:
+        labels = _labels_in_words(loaded, names=None if loaded.data.names is None else persons)
     folder = resolve_base(base)
     source = read_template(Path(settings.template)) if settings and settings.template else None
     config = read_config(folder / "config.json")
@@ -90,7 +95,7 @@ def check_data(
     if benchmarks or protected is not None:
         given = {"benchmarks": list(benchmarks) or settings.benchmarks, "protected": protected or settings.protected}
         settings = settings.model_copy(update=given)
-    return check_file(
+    report = check_file(
         file,
         against=against,
         settings=settings,
@@ -100,16 +105,14 @@ def check_data(
         models=Models(
             embed=None if embedder is None else _embed(embedder),
             scorer=_scorer(base, template=template) if "difficulty" in (only or ()) else None,
-            names=_names(names) if isinstance(names, str) else names,
+            names=persons,
         ),
     )
-
-
-def write_scores(report: CheckReport, *, path: Path) -> None:
-    """What the check `difficulty` says of each row, a JSON object a line. RecipeError where it did not run."""
-    if report.scored is None:
-        raise RecipeError("--scores has no effect without the check 'difficulty'", hint="--only difficulty")
-    write_text(path, text="".join(json.dumps(row, ensure_ascii=False) + "\n" for row in report.scored.rows()))
+    if scores is not None:
+        assert report.scored is not None
+        rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in report.scored.rows())
+        write_text(scores, text="".join(rows))
+    return report
 
 
 def drift_from(file: str, *, like: str, recipe: Path | None = None) -> Drift:

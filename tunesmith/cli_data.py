@@ -40,7 +40,7 @@ def data_check(
     as_json: Json = False,
 ) -> None:
     """What is in a file, what is wrong with it, and what would be trained."""
-    from tunesmith.checks import check_data, drift_from, write_scores
+    from tunesmith.checks import check_data, drift_from
 
     if like is not None:
         drift = drift_from(file, like=like, recipe=recipe)
@@ -56,9 +56,8 @@ def data_check(
         protected=protected,
         embedder=embedder,
         names=names,
+        scores=scores,
     )
-    if scores is not None:
-        write_scores(report, path=scores)
     print_result(report.as_dict(), as_json=as_json, text=report.as_text)
     if report.num_errors:
         raise typer.Exit(3)

@@ -37,11 +37,10 @@ from tunesmith.evaluate.curves import columns
 from tunesmith.evaluate.report import ledger_view, page
 from tunesmith.evaluate.texts import bytes_text, clip, time_text
 from tunesmith.models.load import load_model
-from tunesmith.models.names import load_names
 from tunesmith.objectives.regression import Regression
 from tunesmith.recipe import Recipe, load_recipe
 from tunesmith.registry.workspace import Workspace
-from tunesmith.runs import check_suits, device_named, prepare_data
+from tunesmith.runs import check_suits, models_of, prepare_data
 from tunesmith.storage import write_json, write_text
 from tunesmith.vocabulary import grow_tokenizer
 
@@ -108,8 +107,9 @@ def data_card(
     check_suits(loaded)
     model = load_model(loaded.base)
     grow_tokenizer(loaded, model=model, workspace=workspace, on_message=on_message)
-    prepared = prepare_data(loaded, model=model, workspace=workspace)
-    persons = None if loaded.data.names is None else load_names(loaded.data.names, device=device_named("auto"))
+    models = models_of(loaded)
+    persons = models.names
+    prepared = prepare_data(loaded, model=model, workspace=workspace, models=models)
     names = _Names(recipe.absolute().parent)
     on_message("looking at the files")
     look = _Look.at(loaded.data, persons=persons)

@@ -36,7 +36,7 @@ from tunesmith.models.base import (
     ENCODER_DECODERS,
     ENCODERS,
     NewBase,
-    file_digests,
+    listed_files,
     longest_unasked,
     model_type_of,
     resolve_base,
@@ -213,9 +213,13 @@ def prepare_data(
     model: Model,
     workspace: Workspace,
     template: ChatTemplate | None = None,
+    models: Models | None = None,
     on_rows: Callable[[int], None] = lambda rows: None,
 ) -> Prepared:
-    """Read, split, render and count the recipe's rows (from the cache where nothing changed)."""
+    """Read, split, render and count the recipe's rows (from the cache where nothing changed).
+
+    `models` are those of `models_of`, where the caller asks them too.
+    """
     recipe = with_objective(recipe, recipe.objective.for_model(encoder=model.is_encoder).model_dump())
     limit = model.context_tokens - recipe.method.num_virtual_tokens
     if recipe.data.max_tokens is not None and recipe.data.max_tokens > limit:
@@ -230,12 +234,12 @@ def prepare_data(
         template=template or template_of(model, recipe),
         max_tokens=recipe.data.max_tokens or min(limit, longest_unasked(model.causal.config.to_dict())),
         cache=workspace.cache,
-        models=_models(recipe),
+        models=models or models_of(recipe),
         on_rows=on_rows,
     )
 
 
-def _models(recipe: Recipe) -> Models:
+def models_of(recipe: Recipe) -> Models:
     """The models that the data section asks; none is loaded before it is asked."""
     select = recipe.data.select
     return Models(
@@ -254,8 +258,7 @@ def _scorer(recipe: Recipe) -> Scorer:
         base = load_model(recipe.base, device=device_named("auto"))
         return scorer(base, template=template_of(base, recipe))
 
-    digests = file_digests(resolve_base(recipe.base))
-    return Scorer(lambda rows: score()(rows), files=tuple(f"{recipe.base}/{n} {d}" for n, d in digests.items()))
+    return Scorer(lambda rows: score()(rows), files=listed_files(recipe.base))
 
 
 def make_trainable(model: Model, recipe: Recipe) -> None:

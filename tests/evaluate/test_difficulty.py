@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tunesmith.checks import check_data, write_scores
+from tunesmith.checks import check_data
 from tunesmith.data.curate.difficulty import Difficulty, Scorer
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenizer import Tokenizer
@@ -122,11 +122,10 @@ def test_a_file_is_scored_with_its_base_when_that_is_asked_for(build_model, tmp_
     lines = [{"prompt": f"Colour of {n}?", "completion": "red"} for n in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     file, base, scores = (str(tmp_path / name) for name in ("rows.jsonl", "base", "scores.jsonl"))
-    report = check_data(file, base=base, only=("difficulty",))
+    report = check_data(file, base=base, only=("difficulty",), scores=Path(scores))
     assert report.checks == ["difficulty"]
     assert report.as_dict()["scores"]["rows"] == 12
     assert "\nperplexity: " in report.as_text()
-    write_scores(report, path=Path(scores))
     written = [json.loads(line) for line in Path(scores).read_text().splitlines()]
     assert [line["line"] for line in written] == list(range(1, 13))
     assert all(line["perplexity"] > 1 and line["difficulty"] > 0 for line in written)
@@ -134,4 +133,4 @@ def test_a_file_is_scored_with_its_base_when_that_is_asked_for(build_model, tmp_
     assert report.as_dict()["scores"] is None
     assert report.not_run["difficulty"].endswith("ask for it with --only difficulty")
     with pytest.raises(RecipeError, match="no effect without the check 'difficulty'"):
-        write_scores(report, path=Path(scores))
+        check_data(file, base=base, scores=Path(scores))

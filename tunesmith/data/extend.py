@@ -19,12 +19,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 
+from tunesmith.data.batched import batched
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import ModelError, RecipeError
 
@@ -68,7 +69,7 @@ class Fertility:
 def fertility(texts: Iterable[str], *, tokenizer: Tokenizer) -> Fertility:
     """Count words, bytes and tokens of texts; nothing in them is special."""
     words = num_bytes = tokens = 0
-    for batch in _batched(texts, BATCH_TEXTS):
+    for batch in batched(texts, BATCH_TEXTS):
         words += sum(len(text.split()) for text in batch)
         num_bytes += sum(len(text.encode("utf-8")) for text in batch)
         tokens += sum(map(len, tokenizer.encode_text(batch)))
@@ -241,7 +242,7 @@ def learn_tokens(words: Counter[str], *, tokenizer: Tokenizer, num_new: int) -> 
     check_extensible(tokenizer)
     speller = _Speller(tokenizer)
     corpus = _Corpus()
-    for batch in _batched(words.items(), BATCH_WORDS):
+    for batch in batched(words.items(), BATCH_WORDS):
         for ids, (_, count) in zip(speller.spell([word for word, _ in batch]), batch, strict=True):
             if len(ids) > 1 or (ids and ids[0] < 0):
                 corpus.add(ids, count=count)
@@ -332,9 +333,3 @@ def old_pieces(tokenizer: Tokenizer, *, old: Tokenizer) -> list[list[int]]:
     first = first_new_id(old)
     new = sorted((index, text) for text, index in tokenizer.backend.get_vocab().items() if index >= first)
     return [e.ids for e in _Speller(old).backend.encode_batch_fast([text for _, text in new])]
-
-
-def _batched(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(values)
-    while batch := list(islice(iterator, size)):
-        yield batch

@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from tunesmith.data.batched import batched
 from tunesmith.data.curate.checks import NO_MODELS, Models
 from tunesmith.data.curate.leaving import look
 from tunesmith.data.curate.masking import masked
@@ -103,7 +104,7 @@ def prepare(
         "template": template.identity,
         "tokenizer": template.tokenizer.digest,
         "max_tokens": max_tokens,
-        "code": code_digest("data", "data/curate", "objectives", *([] if models == NO_MODELS else ["models"])),
+        "code": code_digest("data", "data/curate", "objectives", *_code_of(models)),
     }
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     folder = cache / "prepared" / digest[:32]
@@ -112,6 +113,11 @@ def prepare(
             _Preparation(settings, objective, template, max_tokens, new, models, on_rows).run()
             (new / "files.json").write_text(json.dumps(files, indent=1), "utf-8")
     return Prepared(folder, digest)
+
+
+def _code_of(models: Models) -> list[str]:
+    """The folders whose code decides what models say of rows."""
+    return ["models"] * (models != NO_MODELS) + ["evaluate"] * (models.scorer is not None)
 
 
 def _refuse_repeated(read: dict[str, list[tuple[str, Path]]]) -> None:
@@ -222,7 +228,7 @@ class _Preparation:
         """The rows of all files that stay, with their side and sequences."""
         for name, sources in _sources(self.settings).items():
             shares = self.settings.shares if name == "train" else {}
-            for batch in _batched(self._examples(sources, settings=self.settings), BATCH_ROWS):
+            for batch in batched(self._examples(sources, settings=self.settings), BATCH_ROWS):
                 yield from self._rendered(batch, name=name, shares=shares)
                 self.on_rows(self.num_rows)
 
@@ -452,14 +458,3 @@ def _weighing(sequences: list[Sequence], *, weight: float) -> list[Sequence]:
     """The same with weights that add up to `weight`."""
     factor = weight / sum(float(s.weight_T.sum()) for s in sequences)
     return [replace(s, weight_T=(s.weight_T * factor).astype(np.float32)) for s in sequences]
-
-
-def _batched(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    batch: list[Example] = []
-    for example in examples:
-        batch.append(example)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -202,6 +202,11 @@ def file_digests(folder: Path) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in paths}
 
 
+def listed_files(base: str) -> tuple[str, ...]:
+    """A line for each of a model's files, with its SHA-256; `base` as `resolve_base`."""
+    return tuple(f"{base}/{name} {digest}" for name, digest in file_digests(resolve_base(base)).items())
+
+
 def digest_files(digests: dict[str, str]) -> str:
     """SHA-256 over the names and bytes of a model's files."""
     return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in digests.items()).encode()).hexdigest()

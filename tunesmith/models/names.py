@@ -21,7 +21,7 @@ from tunesmith.data.curate.names import Names
 from tunesmith.data.pack import NEVER, build_packs
 from tunesmith.data.types import Sequence
 from tunesmith.errors import ModelError
-from tunesmith.models.base import ENCODER_DECODERS, ENCODERS, file_digests, read_config, resolve_base
+from tunesmith.models.base import ENCODER_DECODERS, ENCODERS, listed_files, read_config, resolve_base
 from tunesmith.models.heads import DOCUMENT, read_head_document
 from tunesmith.models.load import Model, load_model
 
@@ -68,7 +68,7 @@ def load_names(base: str, *, device: str = "cpu") -> Names:
     def find(texts: list[str]) -> list[list[tuple[int, int]]]:
         return find_names(model(), texts, kinds=kinds, first=pooling == "first") if texts else []
 
-    return Names(find, files=[f"{base}/{name} {digest}" for name, digest in file_digests(folder).items()])
+    return Names(find, files=listed_files(base))
 
 
 def _kind(label: str) -> int:

@@ -4,10 +4,10 @@ A name that is found in one turn of a row is that row's in all of its turns: wha
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from tunesmith.data.batched import batched
 from tunesmith.data.types import Example
 
 FindNames = Callable[[list[str]], list[list[tuple[int, int]]]]  # texts -> characters [start, end) of each name
@@ -21,8 +21,8 @@ class Names:
     `find` is the model. `files` are those it is read from, each with its SHA-256.
     """
 
-    def __init__(self, find: FindNames, *, files: list[str]):
-        self.files = files
+    def __init__(self, find: FindNames, *, files: Sequence[str]):
+        self.files = list(files)
         self._find = find
         self._known: dict[bytes, tuple[str, ...]] = {}
 
@@ -50,8 +50,7 @@ def with_names(examples: Iterable[Example], *, names: Names | None) -> Iterator[
     if names is None:
         yield from ((example, ()) for example in examples)
         return
-    rows = iter(examples)
-    while batch := list(islice(rows, BATCH_ROWS)):
+    for batch in batched(examples, BATCH_ROWS):
         yield from zip(batch, names.in_rows(batch), strict=True)
 
 

@@ -30,11 +30,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tunesmith.data.batched import batched
 from tunesmith.data.curate.difficulty import SCORED_ROWS, Scorer
 from tunesmith.data.curate.duplicates import normalise, said
 from tunesmith.data.curate.quality import REFUSAL
@@ -133,8 +133,7 @@ def _texts(examples: Iterable[Example], *, noted: list[_Candidate]) -> Iterator[
 
 def _scored(examples: Iterable[Example], *, scorer: Scorer, noted: list[float]) -> Iterator[Example]:
     """The same rows, and how hard each is in `noted`: the larger the better, what a question does not help with last."""
-    rows = iter(examples)
-    while batch := list(islice(rows, SCORED_ROWS)):
+    for batch in batched(examples, SCORED_ROWS):
         behind_B, alone_B = scorer.score(batch).T
         difficulty_B = behind_B / alone_B
         noted += np.where(difficulty_B < 1, difficulty_B, -np.nan_to_num(difficulty_B, nan=np.inf)).tolist()
